@@ -1,0 +1,242 @@
+"""Attention net: the network that turns an image into the features X which trilinear attention reads (Sec. 3.1)."""
+
+from collections.abc import Sequence
+
+import timm
+import torch
+from timm.layers import SeparableConvNormAct
+from timm.models import PretrainedCfg, generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models._registry import get_arch_pretrained_cfgs, split_model_name_tag
+from timm.models.byobnet import BasicBlock, ByobNet, ByoBlockCfg, ByoModelCfg, register_block
+from timm.models.resnet import BasicBlock as ResNetBasicBlock
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .errors import UserError, unknown
+
+# Layouts. "published": the paper's, 28 x 28 maps of 512 channels from 224 pixels, 39.4 GFLOPs.  "lite": two stages of a
+# small ResNet merged, 16 x 16 maps of 256 channels from 128 pixels, 0.7 GFLOPs, receptive field (1.2 x the input) as
+# published.  "tiny": 12 x 12 maps of 24 channels from 96 pixels, 2.8 MFLOPs, for small pictures and synthbirds.
+PRESETS: dict[str, dict] = {
+    "published": dict(
+        backbone="resnet18",
+        input_size=224,
+        out_indices=(4,),
+        unit_stride_stages=(2, 4),
+        tail_rates=((1, 2), (1, 2, 3)),
+    ),
+    "lite": dict(
+        backbone="resnet10t",
+        input_size=128,
+        out_indices=(2, 3),
+        channels=256,
+        tail_rates=((1,), (1, 2)),
+        separable_tail=True,
+    ),
+    "tiny": dict(backbone="resnet6s", input_size=96, out_indices=(2,)),
+}
+
+
+class AttentionNet(nn.Module):
+    """A timm backbone at high feature resolution, multi-rate dilated convolutions, and a classifier of its own.
+
+    The classifier is the only thing that trains this network (Sec. 3.1).
+
+    Args:
+        backbone: Any timm model with feature maps, optionally with the tag of its weights ("resnet18.a1_in1k").
+        input_size: Pixels, one number or (h, w), to which the image is resized first.
+        out_indices: timm's indices of the stages to use. Later stages are not built. Several are merged on the grid of
+            the finest: reduced to `channels` by a 1 x 1 convolution each, enlarged (nearest), added, ReLU.
+        channels: C of the features; None for that of the only stage.
+        unit_stride_stages: Stages of a ResNet of basic blocks whose stride is removed, without dilation instead (the
+            paper's way to high resolution). For other backbones use `output_stride` or earlier stages.
+        output_stride: timm's argument of that name, where the backbone has it: dilation in place of stride.
+        tail_rates: Dilation rates of each set of dilated convolutions; no tail when empty.
+        separable_tail: Depthwise 3 x 3 and pointwise convolutions in the tail in place of full ones.
+        num_classes: K of its classifier; 0 for none.
+        in_chans: Channels of the image.
+        backbone_args: More arguments for the backbone.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet18",
+        input_size: int | tuple[int, int] = 224,
+        out_indices: Sequence[int] = (4,),
+        channels: int | None = None,
+        unit_stride_stages: Sequence[int] = (),
+        output_stride: int | None = None,
+        tail_rates: Sequence[Sequence[int]] = (),
+        separable_tail: bool = False,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        backbone_args: dict | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        self.input_size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+        self.trunk = create_backbone(
+            backbone,
+            self.input_size,
+            features_only=True,
+            out_indices=tuple(out_indices),
+            in_chans=in_chans,
+            output_stride=output_stride,
+            **(backbone_args or {}),
+            **dd,
+        )
+        for stage in unit_stride_stages:
+            _remove_stride(self.trunk, backbone, stage)
+
+        stage_channels = self.trunk.feature_info.channels()
+        if channels is None and len(stage_channels) > 1:
+            raise UserError(f"out_indices={tuple(out_indices)} merges stages, so channels must be given, e.g. 256.")
+        self.reduce = nn.ModuleList([nn.Conv2d(c, channels, 1, **dd) for c in stage_channels] if channels else [])
+        self.num_features = channels or stage_channels[-1]
+        self.tail = nn.Sequential(
+            *(MultiRateConv(self.num_features, rates, separable_tail, **dd) for rates in tail_rates)
+        )
+        self.norm = nn.BatchNorm2d(self.num_features, **dd)
+        self.classifier = nn.Identity()
+        self.reset_classifier(num_classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Compute the features X (B, C, h, w), not negative with the presets, of an image (B, 3, H, W) of any size."""
+        # Antialiased, unlike the published code: 512 to 112 pixels would otherwise skip most of the image's pixels.
+        image = F.interpolate(image, size=self.input_size, mode="bilinear", align_corners=False, antialias=True)
+        stages = [_channels_first(x, c) for x, c in zip(self.trunk(image), self.trunk.feature_info.channels())]
+        return self.tail(self._merge(stages))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits (B, K) of the attention net's own classifier: BN, ReLU, average pool, FC, as in the published code."""
+        return self.classifier(self.norm(features).relu().mean((2, 3)))
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the classifier by a new one for `num_classes`, 0 for none."""
+        like = self.norm.weight
+        self.classifier = (
+            nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+            if num_classes
+            else nn.Identity()
+        )
+
+    def _merge(self, stages: list[Tensor]) -> Tensor:
+        if not self.reduce:
+            return stages[0]
+        grid = max((x.shape[-2:] for x in stages), key=lambda size: size[0] * size[1])
+        reduced = [F.interpolate(conv(x), size=grid, mode="nearest") for conv, x in zip(self.reduce, stages)]
+        return torch.stack(reduced).sum(0).relu()
+
+
+class MultiRateConv(nn.Module):
+    """One 3 x 3 convolution applied at several dilation rates with the same weight; ReLU each, then added.
+
+    Args:
+        channels: C, in and out.
+        rates: Dilation rates, 1 for an ordinary convolution.
+        separable: Make it depthwise, followed by a pointwise convolution of the sum.
+    """
+
+    def __init__(self, channels: int, rates: Sequence[int], separable: bool = False, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        self.rates = tuple(rates)
+        self.conv = nn.Conv2d(channels, channels, 3, groups=channels if separable else 1, **dd)
+        self.pointwise = nn.Conv2d(channels, channels, 1, **dd) if separable else None
+        nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, groups = self.conv.weight, self.conv.bias, self.conv.groups
+        x = sum(F.conv2d(x, weight, bias, padding=rate, dilation=rate, groups=groups).relu() for rate in self.rates)
+        return x if self.pointwise is None else self.pointwise(x).relu()
+
+
+def backbone_cfg(name: str) -> PretrainedCfg:
+    """timm's pretrained_cfg of a model, with or without a tag.
+
+    Raises:
+        UserError: timm knows no such model or tag.
+    """
+    architecture, tag = split_model_name_tag(name)
+    if not timm.is_model(architecture):
+        raise unknown("timm model", name, timm.list_models())
+    tagged = get_arch_pretrained_cfgs(architecture)
+    if tag and name not in tagged:
+        raise unknown(f"weights of {architecture}:", name, tagged)
+    return get_pretrained_cfg(name) or PretrainedCfg()
+
+
+def create_backbone(name: str, image_size: tuple[int, int], **kwargs) -> nn.Module:
+    """Create a timm model without weights for images of a given size.
+
+    Args:
+        name: timm model, with or without a tag.
+        image_size: (H, W) in pixels; passed on as img_size to models of a fixed input size.
+        **kwargs: timm's arguments. None is not passed on.
+
+    Raises:
+        UserError: timm knows no such model or tag.
+    """
+    if backbone_cfg(name).fixed_input_size:
+        kwargs.setdefault("img_size", image_size)
+    return timm.create_model(name, pretrained=False, **kwargs)
+
+
+def stem_convolutions(model: nn.Module) -> list[str]:
+    """Names of the convolutions of a timm model, or of its features, that see the image."""
+    names = model.pretrained_cfg.get("first_conv") or ()
+    modules = dict(model.named_modules())
+    flattened = ((name, name.replace(".", "_", 1)) for name in ([names] if isinstance(names, str) else names))
+    return [name for pair in flattened for name in dict.fromkeys(pair) if name in modules]
+
+
+def _remove_stride(trunk: nn.Module, backbone: str, stage: int) -> None:
+    blocks = getattr(trunk, f"layer{stage}", None)
+    if blocks is None or not all(isinstance(block, ResNetBasicBlock) for block in blocks):
+        raise UserError(
+            f"unit_stride_stages={stage}: {backbone} has no stage {stage} of ResNet basic blocks. Use resnet18 or "
+            f"resnet34, or pass unit_stride_stages=() with output_stride or earlier out_indices."
+        )
+    for module in blocks[0].modules():
+        if isinstance(module, nn.Conv2d) and module.stride == (2, 2):
+            module.stride = (1, 1)
+        elif isinstance(module, nn.AvgPool2d):  # the shortcut of ResNet-D
+            module.kernel_size = module.stride = 1
+
+
+def _channels_first(features: Tensor, channels: int) -> Tensor:
+    return features if features.shape[1] == channels else features.movedim(-1, 1)  # Swin and others are NHWC
+
+
+class SeparableBlock(BasicBlock):
+    """ByobNet's basic block with a depthwise-separable second convolution."""
+
+    def __init__(self, in_chs: int, out_chs: int, device=None, dtype=None, **kwargs) -> None:
+        super().__init__(in_chs, out_chs, device=device, dtype=dtype, **kwargs)
+        self.conv2_kxk = SeparableConvNormAct(out_chs, out_chs, 3, apply_act=False, device=device, dtype=dtype)
+
+
+register_block("separable_basic", SeparableBlock)
+
+default_cfgs = generate_default_cfgs(
+    {
+        "resnet6s.untrained": dict(
+            input_size=(3, 96, 96), pool_size=(12, 12), first_conv="stem.conv1.conv", classifier="head.fc"
+        )
+    }
+)
+
+
+@register_model
+def resnet6s(pretrained: bool = False, **kwargs) -> ByobNet:
+    """A 3 x 3 stem of 8 channels, max-pool, and two separable basic blocks of 16 and 24 channels, at stride 8."""
+    blocks = (
+        ByoBlockCfg("separable_basic", d=1, c=16, s=2),
+        ByoBlockCfg("separable_basic", d=1, c=24, s=1),
+    )
+    cfg = ByoModelCfg(blocks=blocks, stem_chs=8, stem_type="3x3", stem_pool="maxpool", downsample="conv1x1")
+    return timm.models.build_model_with_cfg(
+        ByobNet, "resnet6s", pretrained, model_cfg=cfg, feature_cfg=dict(flatten_sequential=True), **kwargs
+    )

@@ -1,0 +1,42 @@
+"""How a user's mistake is told: one line with what we got, what is allowed and what to do."""
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """Something that the user can put right. Commands print it as one line, without a traceback, and exit with 2."""
+
+
+def unknown(what: str, got: object, allowed: Iterable[str]) -> UserError:
+    """Build the error for a name that is not in a fixed set.
+
+    Args:
+        what: What the name stands for, e.g. "normalization".
+        got: The name that was given.
+        allowed: The names that exist. More than 30 are not listed, only the closest ones named.
+
+    Returns:
+        The error, to be raised by the caller: "unknown normalization 'spatail': did you mean 'spatial'? Choose from ...".
+    """
+    allowed = sorted(allowed)
+    close = get_close_matches(str(got), allowed, n=3, cutoff=0.6)
+    hint = f": did you mean {' or '.join(map(repr, close))}?" if close else "."
+    choice = f" Choose from {', '.join(allowed)}." if len(allowed) <= 30 else ""
+    return UserError(f"unknown {what} {got!r}{hint}{choice}")
+
+
+def run_command(main: Callable[[], None]) -> int:
+    """Run a command and return its exit code: 0, or 2 after printing a `UserError` as one line.
+
+    With several processes only the first one prints.
+    """
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,184 @@
+"""A recipe: every option of a training run, read from YAML and overridden on the command line."""
+
+import argparse
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from timm.utils import ParseKwargs
+
+from .errors import UserError, unknown
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def _option(default: Any, help: str) -> Any:
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: default.copy(), metadata=dict(help=help))
+    return field(default=default, metadata=dict(help=help))
+
+
+@dataclass
+class Recipe:
+    """Options of a training run. Names are timm's where timm has the option."""
+
+    # data
+    data: str = _option("synthbirds", "built-in dataset, folder of images or parquet, or dataset id on the Hub")
+    train_split: str = _option("train", "split to train on")
+    val_split: str | None = _option(
+        "validation", "split that chooses the best epoch; null: none, the last epoch is kept"
+    )
+    test_split: str | None = _option("test", "split that is read once, at the end; null: none")
+    num_classes: int | None = _option(None, "number of classes, checked against the dataset; null: the dataset's")
+
+    # model
+    model: str = _option("tasn_tiny", "timm model: tasn_..., any other one, or local-dir:FOLDER")
+    pretrained: bool = _option(False, "start from pretrained weights")
+    model_kwargs: dict = _option({}, "arguments of the model, e.g. sample_size=336 heads=shared")
+
+    # images
+    img_size: int = _option(192, "side of the model's input in pixels; TASN samples its small image from it")
+    resize: int | None = _option(None, "short side in pixels before cropping; null: img_size")
+    crop_padding: int = _option(0, "pixels of mirrored border around the image before the random crop")
+    hflip: float = _option(0.5, "probability of a horizontal flip")
+    degrees: float = _option(0.0, "largest random rotation in degrees")
+    color_jitter: float = _option(0.0, "largest relative change of brightness, contrast and saturation")
+
+    # loss
+    smoothing: float = _option(0.0, "label smoothing, 0 to 1")
+    temperature: float = _option(10.0, "TASN: T of the soft targets (Eq. 6)")
+    soft_weight: float = _option(2.0, "TASN: lambda, weight of the distillation (Eq. 8)")
+    part_weight: float = _option(1.0, "TASN: weight of the detail image's classification")
+    attention_weight: float = _option(1.0, "TASN: weight of the attention net's classification")
+    detach_teacher: bool = _option(True, "TASN: the distillation does not change the part net")
+
+    # optimisation
+    epochs: int = _option(20, "passes over the training split")
+    batch_size: int = _option(32, "images per optimizer step, over all processes and accumulation steps")
+    grad_accum_steps: int = _option(1, "forward and backward passes per optimizer step")
+    opt: str = _option("adamw", "timm optimizer")
+    lr: float = _option(4e-3, "peak learning rate, for the batch size as given")
+    weight_decay: float = _option(0.05, "weight decay, not on biases and norms")
+    momentum: float = _option(0.9, "momentum, for optimizers that have it")
+    opt_kwargs: dict = _option({}, "more arguments of the optimizer")
+    sched: str = _option("cosine", "timm scheduler, stepped at every update")
+    warmup_epochs: float = _option(4.0, "epochs of linear warm-up from warmup_lr")
+    warmup_lr: float = _option(4e-4, "learning rate at the start of the warm-up")
+    min_lr: float = _option(4e-5, "learning rate at the end")
+    decay_milestones: list = _option([], "epochs at which the multistep scheduler decays")
+    decay_rate: float = _option(0.1, "factor of each decay")
+    clip_grad: float | None = _option(None, "largest norm of the gradient; null: no clipping")
+
+    # running
+    seed: int = _option(0, "seed of weights, data order, augmentation and part selection")
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = _option(
+        None, "precision; null: as accelerate is configured"
+    )
+    channels_last: bool = _option(True, "memory layout of the convolutions")
+    workers: int = _option(2, "processes that load images, per training process")
+    cpu: bool = _option(False, "train on CPU even where there is a GPU")
+    log_interval: int = _option(50, "optimizer steps between log lines where there is no terminal for a progress bar")
+    output: str = _option("runs", "folder in which the run gets a folder of its own")
+    compare: str | None = _option(None, "recipe of a second model, trained afterwards for the final table")
+
+    def __post_init__(self) -> None:
+        for entry in dataclasses.fields(self):
+            setattr(self, entry.name, _typed(entry, getattr(self, entry.name)))
+        for name in ("epochs", "batch_size", "grad_accum_steps", "img_size", "log_interval"):
+            if getattr(self, name) < 1:
+                raise UserError(f"recipe: {name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("hflip", "smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"recipe: {name} must be between 0 and 1, got {getattr(self, name)}.")
+        if self.resize is not None and self.resize < self.img_size:
+            raise UserError(f"recipe: resize ({self.resize}) must be at least img_size ({self.img_size}).")
+
+
+def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        name: Name of a recipe of the package, or path of a YAML file.
+        overrides: Options that take the place of the file's. Of a dict option, only the keys given are replaced.
+
+    Raises:
+        UserError: No such recipe, an unknown option, or a value of the wrong type.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{name}.yaml"
+        if not path.exists():
+            raise unknown("recipe", name, (p.stem for p in RECIPES.glob("*.yaml")))
+    elif not path.exists():
+        raise UserError(f"there is no recipe file {name!r}; give a path to a YAML file or the name of a recipe.")
+    options = yaml.safe_load(path.read_text()) or {}
+    for key, value in (overrides or {}).items():
+        options[key] = {**options.get(key, {}), **value} if isinstance(value, dict) else value
+    known = [entry.name for entry in dataclasses.fields(Recipe)]
+    for key in options:
+        if key not in known:
+            raise unknown(f"option in recipe {name!r}:", key, known)
+    return Recipe(**options)
+
+
+def parse_args(args: list[str] | None = None) -> tuple[str, Recipe]:
+    """Parse the command line of train_accelerate.py.
+
+    Returns:
+        Name of the recipe and the recipe with the command line's overrides.
+    """
+    parser = argparse.ArgumentParser(
+        description="Train TASN, or any timm model, with Hugging Face Accelerate.",
+        epilog="example: accelerate launch train_accelerate.py --epochs 30 --model-kwargs heads=shared",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--recipe", default="synthbirds", help="recipe name or YAML file (default: synthbirds)")
+    for entry in dataclasses.fields(Recipe):
+        flag = f"--{entry.name.replace('_', '-')}"
+        names = [flag] if "-" not in flag[2:] else [flag, f"--{entry.name}"]
+        options = dict(dest=entry.name, default=argparse.SUPPRESS, help=entry.metadata["help"].replace("%", "%%"))
+        if entry.type is dict:
+            parser.add_argument(*names, nargs="*", action=ParseKwargs, metavar="KEY=VALUE", **options)
+        elif entry.type is bool:
+            parser.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
+        else:
+            parser.add_argument(*names, type=yaml.safe_load, metavar="VALUE", **options)
+    overrides, rest = parser.parse_known_args(args)
+    if rest:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        raise unknown("argument", rest[0], flags)
+    overrides = vars(overrides)
+    name = overrides.pop("recipe")
+    return name, load_recipe(name, overrides)
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write every option, defaults included, as YAML that `load_recipe` reads."""
+    path.write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
+
+
+def _typed(entry: dataclasses.Field, value: Any) -> Any:
+    """Check a value against the option's type; numbers may come as text ("4e-3" is text in YAML)."""
+    union = typing.get_origin(entry.type) in (typing.Union, types.UnionType)
+    kinds = typing.get_args(entry.type) if union else (entry.type,)
+    if value is None and types.NoneType in kinds:
+        return None
+    kind = kinds[0]
+    if typing.get_origin(kind) is Literal:
+        value = "no" if value is False else value  # YAML reads no as false
+        if value not in typing.get_args(kind):
+            raise unknown(f"{entry.name} in recipe:", value, typing.get_args(kind))
+        return value
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"recipe: {entry.name} must be {getattr(kind, '__name__', kind)}, got {value!r}.")
+    return value

@@ -1,0 +1,201 @@
+"""Trilinear attention: features X become attention maps M (Sec. 3.1, Eqs. 1-2, Table 2).
+
+Every formula of Table 2 has the form M = R(X) X: row i of R(X) says how much each channel contributes to map i.
+The sampler needs only the average of the maps and a few single ones, and both are rows of R(X) (or their average)
+times X. So `structure_and_detail_maps` picks rows first and never builds the C maps.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from .errors import UserError, unknown
+
+Norm = Callable[[Tensor], Tensor]
+
+# R(X) for the rows of Table 2, in its order, with the paper's accuracy on CUB-200-2011.  x is X as (B, C, hw);
+# spatial and relation are the two softmaxes N, over the second dimension of a matrix, each with its scale.
+_RELATIONS: dict[str, Callable[[Tensor, Norm, Norm], Tensor]] = {
+    "features": lambda x, spatial, relation: torch.eye(x.shape[1], device=x.device, dtype=x.dtype).expand(
+        len(x), -1, -1
+    ),
+    "none": lambda x, spatial, relation: x @ x.mT,  # X X^T X, Eq. 1: 84.9
+    "spatial": lambda x, spatial, relation: spatial(x) @ x.mT,  # N(X) X^T X: 85.2
+    "spatial_both": lambda x, spatial, relation: spatial(x) @ spatial(x).mT,  # N(X) N(X)^T X: 84.3
+    "output": lambda x, spatial, relation: x @ x.mT,  # N(X X^T X), N taken of the finished maps: 84.5
+    "relation": lambda x, spatial, relation: relation(x @ x.mT),  # N(X X^T) X: 85.0
+    "spatial_relation": lambda x, spatial, relation: relation(spatial(x) @ x.mT),  # N(N(X) X^T) X, Eq. 2: 85.3
+    "self_attention": lambda x, spatial, relation: x.mT,  # X^T X: hw maps, one per position (Sec. 4.2): 84.6
+}
+NORMALIZATIONS = tuple(_RELATIONS)
+
+# How likely a map is to be chosen as the detail map (Sec. 4.2), from its mean response (B, M).
+_SELECTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "random": torch.ones_like,
+    "ranked": lambda response: response.clamp(min=0),
+}
+SELECTIONS = tuple(_SELECTIONS)
+
+
+def trilinear_attention(
+    features: Tensor,
+    *,
+    normalization: str = "spatial_relation",
+    spatial_scale: float = 7.0,
+    relation_scale: float = 1.0,
+) -> Tensor:
+    """Turn every channel of the features into an attention map, Eq. 2 and the other rows of Table 2.
+
+    Args:
+        features: X, (B, C, h, w).
+        normalization: Row of Table 2: "features", "none", "spatial", "spatial_both", "output", "relation",
+            "spatial_relation" (Eq. 2) or "self_attention".
+        spatial_scale: Factor on the input of N(X). The paper has none; 7 is the published code's.
+        relation_scale: Factor on the input of the outer N. 1 in paper and code; features trained from scratch on
+            little data need about 10, else the rows of the relation are near uniform and all maps look alike.
+
+    Returns:
+        M, (B, C, h, w), or (B, hw, h, w) for "self_attention"; float32, or float64 for float64 features.
+
+    Raises:
+        ValueError: Unknown normalization, or features that are not 4-dimensional.
+    """
+    x = _as_matrix(features)
+    maps = _relation(x, normalization, spatial_scale, relation_scale) @ x
+    if normalization == "output":
+        maps = _softmax(relation_scale)(maps)
+    return maps.unflatten(-1, features.shape[-2:])
+
+
+def structure_and_detail_maps(
+    features: Tensor,
+    *,
+    normalization: str = "spatial_relation",
+    spatial_scale: float = 7.0,
+    relation_scale: float = 1.0,
+    selection: str = "random",
+    parts: int = 1,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The maps that guide the sampler: A(M), the average, and R(M), chosen single ones (Eq. 3), without building M.
+
+    Both are taken over the distinct maps. Channels without any response over the image all give one and the same map;
+    the published code means to count it once, but applies its mask in the wrong channel order (its author agrees,
+    researchmm/tasn#3). Here it is counted once.
+
+    Args:
+        features: X, (B, C, h, w).
+        normalization, spatial_scale, relation_scale: As in `trilinear_attention`.
+        selection: How the detail maps are chosen among an image's distinct maps: "random", all alike (the paper), or
+            "ranked", in proportion to their mean response (Sec. 4.2).
+        parts: Number of detail maps per image, without repetition. 0 draws no random numbers.
+        generator: Source of the random choice, on the device of the features. None: torch's global one.
+
+    Returns:
+        Structure map (B, h, w) and detail maps (B, parts, h, w), in the precision of `trilinear_attention`.
+    """
+    x = _as_matrix(features)
+    relation = _relation(x, normalization, spatial_scale, relation_scale)  # (B, M, C)
+    one_per_position = normalization == "self_attention"
+    distinct = torch.ones_like(relation[:, :, 0]) if one_per_position else _distinct_channels(x)  # (B, M)
+
+    rows = distinct.unsqueeze(1) / distinct.sum(1)[:, None, None]  # (B, 1, M): the average
+    if parts > 0:
+        response = (relation @ x.mean(-1, keepdim=True)).squeeze(-1)  # (B, M)
+        if selection not in _SELECTIONS:
+            raise unknown("selection", selection, SELECTIONS)
+        chosen = _draw(_SELECTIONS[selection](response) * distinct, parts, generator)  # (B, parts)
+        rows = torch.cat([rows, nn.functional.one_hot(chosen, relation.shape[1]).to(rows)], dim=1)
+
+    if normalization == "output":  # its softmax stands between the maps and their average
+        maps = rows @ _softmax(relation_scale)(relation @ x)
+    else:
+        maps = rows @ relation @ x  # (B, 1 + parts, hw)
+    maps = maps.unflatten(-1, features.shape[-2:])
+    return maps[:, 0], maps[:, 1:]
+
+
+@register_notrace_module
+class TrilinearAttention(nn.Module):
+    """`structure_and_detail_maps` with its settings, in full precision whatever autocast says, without gradient.
+
+    The attention net learns from its own classifier alone, so the features are detached (the published code blocks the
+    gradient at the same place). In evaluation mode only the structure map is computed.
+    """
+
+    def __init__(
+        self,
+        normalization: str = "spatial_relation",
+        spatial_scale: float = 7.0,
+        relation_scale: float = 1.0,
+        selection: str = "random",
+    ) -> None:
+        super().__init__()
+        if normalization not in _RELATIONS:
+            raise unknown("normalization", normalization, NORMALIZATIONS)
+        if selection not in _SELECTIONS:
+            raise unknown("selection", selection, SELECTIONS)
+        self.normalization = normalization
+        self.spatial_scale = spatial_scale
+        self.relation_scale = relation_scale
+        self.selection = selection
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        with _no_autocast(features.device):
+            return structure_and_detail_maps(
+                features.detach(),
+                normalization=self.normalization,
+                spatial_scale=self.spatial_scale,
+                relation_scale=self.relation_scale,
+                selection=self.selection,
+                parts=1 if self.training else 0,
+            )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.normalization}, spatial_scale={self.spatial_scale}, relation_scale={self.relation_scale}, "
+            f"selection={self.selection}"
+        )
+
+
+def _as_matrix(features: Tensor) -> Tensor:
+    if features.ndim != 4:
+        raise UserError(f"features must be (B, C, h, w), got {features.ndim} dimensions {tuple(features.shape)}.")
+    return features.flatten(2).to(torch.promote_types(features.dtype, torch.float32))  # (B, C, hw)
+
+
+def _softmax(scale: float) -> Norm:
+    return lambda matrix: (scale * matrix).softmax(-1)
+
+
+def _relation(x: Tensor, normalization: str, spatial_scale: float, relation_scale: float) -> Tensor:
+    if normalization not in _RELATIONS:
+        raise unknown("normalization", normalization, NORMALIZATIONS)
+    return _RELATIONS[normalization](x, _softmax(spatial_scale), _softmax(relation_scale))
+
+
+def _distinct_channels(x: Tensor) -> Tensor:
+    """1 for channels whose map is counted, 0 for the repetitions of the flat channels' map: (B, C)."""
+    flat = x.amax(-1) == x.amin(-1)
+    first_flat = flat & (flat.cumsum(1) == 1)
+    return (~flat | first_flat).to(x)
+
+
+def _draw(weights: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """Draw `count` indices a row without repetition, in proportion to the weights: (B, count).
+
+    Exponential races: the largest weight / Exp(1) wins with the wanted probability. Unlike torch.multinomial this needs
+    no check of the weights on the host, so the device is never waited for.
+    """
+    race = -torch.rand(weights.shape, generator=generator, device=weights.device, dtype=weights.dtype).log()
+    return (weights / race).topk(count, dim=1).indices
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager:
+    # Under autocast the products would be done in bf16 whatever the dtype of their inputs: 3 digits for a softmax.
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()  # the meta device, on which timm builds models to look at them

@@ -1,0 +1,167 @@
+"""Named models for timm's registry. Their default_cfgs are read from hub_configs/, one file per architecture and tag."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import timm
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+from torch import Tensor, nn
+
+from .attention_net import PRESETS, backbone_cfg
+from .errors import UserError
+from .tasn import TASN
+
+__all__: list[str] = []  # timm adds the registered names
+
+# Where an installed package keeps them, else the checkout's top level.
+HUB_CONFIGS = next(
+    folder
+    for folder in (Path(__file__).parent / "hub_configs", Path(__file__).parents[1] / "hub_configs")
+    if folder.is_dir()
+)
+
+
+def read_hub_config(path: Path) -> dict:
+    """Read "<architecture>.<tag>.json": timm's config.json and a "tasn" block."""
+    config = json.loads(path.read_text())
+    architecture, tag = path.stem.split(".", 1)
+    assert config["architecture"] == architecture, f"{path.name} describes {config['architecture']}"
+    config["pretrained_cfg"] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in config["pretrained_cfg"].items()
+    } | dict(architecture=architecture, tag=tag, num_classes=config["num_classes"])
+    return config
+
+
+def starting_cfg(backbone: str, sample_size: int = 224) -> dict:
+    """default_cfg of a TASN that starts from its backbone's own weights in the `timm/` repositories.
+
+    Args:
+        backbone: timm model, with or without the tag of its weights.
+        sample_size: Pixels of the sampled images; the input is 512 / 224 of it, the paper's ratio.
+    """
+    cfg = backbone_cfg(backbone)
+    input_size = round(sample_size * 512 / 224)
+    return dict(
+        hf_hub_id=cfg.hf_hub_id,
+        input_size=(3, input_size, input_size),
+        min_input_size=(3, sample_size, sample_size),
+        pool_size=cfg.pool_size,
+        crop_pct=1.0,
+        interpolation="bicubic",
+        mean=cfg.mean,
+        std=cfg.std,
+        classifier=("heads.shared", "heads.master", "heads.part", "attention_net.classifier"),
+        license=cfg.license,
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {path.stem: read_hub_config(path)["pretrained_cfg"] for path in sorted(HUB_CONFIGS.glob("*.json"))}
+)
+
+
+def _create_tasn(variant: str, pretrained: bool, backbone: str, **kwargs) -> TASN:
+    return build_model_with_cfg(
+        TASN,
+        variant,
+        pretrained,
+        backbone=backbone,
+        feature_cfg=dict(out_indices=None, feature_cls="getter"),
+        pretrained_filter_fn=partial(_weights_filter, cache_dir=kwargs.get("cache_dir")),
+        **kwargs,
+    )
+
+
+def _weights_filter(
+    state_dict: dict[str, Tensor], model: TASN, cache_dir: str | Path | None = None
+) -> dict[str, Tensor]:
+    """Weights of a TASN as they are; weights of its backbone alone become a starting point.
+
+    A starting point has the backbone's weights, those of the attention net's backbone from its own repository, and new
+    classifiers and dilated convolutions.
+    """
+    if any(key.startswith("attention_net.") for key in state_dict):
+        return state_dict
+    start = model.state_dict()
+    for prefix, part, weights in (
+        ("backbone.", model.backbone, state_dict),
+        ("attention_net.trunk.", model.attention_net.trunk, None),
+    ):
+        start.update({prefix + key: value for key, value in _pretrained_state(part, weights, cache_dir).items()})
+    return start
+
+
+def _pretrained_state(part: nn.Module, weights: dict[str, Tensor] | None, cache_dir: str | Path | None) -> dict:
+    """What timm makes of a backbone's pretrained weights, resized and renamed for its arguments, for 3 channels.
+
+    Args:
+        part: A model made by timm.create_model.
+        weights: Its weights as published; None to download them.
+    """
+    cfg = part.pretrained_cfg
+    name = f"{cfg['architecture']}.{cfg['tag']}" if cfg.get("tag") else cfg["architecture"]
+    if weights is None and not get_pretrained_cfg(name).has_weights:
+        raise UserError(
+            f"there are no pretrained weights for {name}, the backbone of the attention net: use pretrained=False, or an "
+            f"attention_net with weights ({', '.join(key for key in PRESETS if key != 'tiny')})."
+        )
+    overlay = dict(state_dict=weights) if weights is not None else None
+    arguments = {**part._model_args, "in_chans": cfg["input_size"][0]}
+    twin = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=cache_dir, **arguments)
+    return twin.state_dict()
+
+
+@register_model
+def tasn(pretrained: bool = False, backbone: str = "resnet50", **kwargs) -> TASN:
+    """TASN on any timm backbone: `timm.create_model("tasn", backbone="convnext_tiny", num_classes=200)`."""
+    if not isinstance(kwargs.get("pretrained_cfg"), dict):
+        kwargs["pretrained_cfg"] = dict(architecture="tasn", **starting_cfg(backbone, kwargs.get("sample_size", 224)))
+    return _create_tasn("tasn", pretrained, backbone, **kwargs)
+
+
+@register_model
+def tasn_resnet18(pretrained: bool = False, **kwargs) -> TASN:
+    """ResNet-18 with the published attention net."""
+    return _create_tasn("tasn_resnet18", pretrained, "resnet18.a1_in1k", **kwargs)
+
+
+@register_model
+def tasn_resnet50(pretrained: bool = False, **kwargs) -> TASN:
+    """ResNet-50 with the published attention net: the paper's model for CUB-200-2011 and Stanford Cars."""
+    return _create_tasn("tasn_resnet50", pretrained, "resnet50.a1_in1k", **kwargs)
+
+
+@register_model
+def tasn_resnet101(pretrained: bool = False, **kwargs) -> TASN:
+    """ResNet-101 with the published attention net: the paper's model for iNaturalist 2017."""
+    return _create_tasn("tasn_resnet101", pretrained, "resnet101.a1h_in1k", **kwargs)
+
+
+@register_model
+def tasn_vgg19_bn(pretrained: bool = False, **kwargs) -> TASN:
+    """VGG-19 with BatchNorm and the published attention net (Tables 6 and 8 have VGG-19)."""
+    return _create_tasn("tasn_vgg19_bn", pretrained, "vgg19_bn.tv_in1k", **kwargs)
+
+
+@register_model
+def tasn_convnext_tiny(pretrained: bool = False, **kwargs) -> TASN:
+    """ConvNeXt-Tiny with the published attention net; not in the paper."""
+    return _create_tasn("tasn_convnext_tiny", pretrained, "convnext_tiny.fb_in1k", **kwargs)
+
+
+@register_model
+def tasn_tiny(pretrained: bool = False, **kwargs) -> TASN:
+    """0.3 M parameters for the embedded dataset: a narrow ResNet-10-T at 48 pixels, sampled from 192.
+
+    Trained from scratch, so with our additions where the paper counts on ImageNet weights: a sharper relation softmax and
+    a flat top on the structure map.
+    """
+    arguments = dict(
+        sample_size=48,
+        attention_net="tiny",
+        relation_scale=10.0,
+        structure_shape="flat_top",
+        backbone_args=dict(channels=(24, 48, 72, 96), stem_width=12),
+    )
+    return _create_tasn("tasn_tiny", pretrained, "resnet10t", **arguments | kwargs)

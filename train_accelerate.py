@@ -1,0 +1,199 @@
+"""Train TASN, or any timm model, with Hugging Face Accelerate on any number of devices.
+
+accelerate launch train_accelerate.py                                  # the embedded dataset
+accelerate launch train_accelerate.py --recipe my.yaml --data photos/  # anything else
+python train_accelerate.py --help                                      # every option
+"""
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, set_seed
+from timm.data import resolve_model_data_config
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+import tasn_timm  # noqa: F401  (registers the models)
+from tasn_timm.data.loading import create_loader, keyed_seed
+from tasn_timm.data.splits import class_names, load_splits, pick_split
+from tasn_timm.data.transforms import Normalize, eval_transform, train_transform
+from tasn_timm.errors import UserError, run_command
+from tasn_timm.hub import check_folder
+from tasn_timm.recipe import Recipe, load_recipe, parse_args
+from tasn_timm.training.evaluation import evaluate
+from tasn_timm.training.objective import Objective, create_objective, micro_batch_size
+from tasn_timm.training.progress import Progress
+from tasn_timm.training.run import Run, comparison_table
+
+# What a comparison takes over from the first recipe, so that only the model and its input differ.
+SHARED_OPTIONS = (
+    "data train_split val_split test_split num_classes epochs batch_size grad_accum_steps seed mixed_precision workers cpu "
+    "log_interval output"
+).split()
+
+
+def main() -> None:
+    name, recipe = parse_args()
+    accelerator = Accelerator(
+        cpu=recipe.cpu,
+        mixed_precision=recipe.mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=recipe.grad_accum_steps),
+    )
+    accelerator.print(f"processes: {accelerator.num_processes} ({accelerator.device.type})")
+    runs = [train(name, recipe, accelerator)]
+    if recipe.compare:
+        shared = {option: getattr(recipe, option) for option in SHARED_OPTIONS}
+        runs.append(train(recipe.compare, load_recipe(recipe.compare, shared), accelerator))
+    accelerator.print(comparison_table(runs))
+    accelerator.print(runs[0].how_to_load())
+    accelerator.end_training()
+
+
+def train(name: str, recipe: Recipe, accelerator: Accelerator) -> Run:
+    """Train one recipe epoch by epoch, keep the best epoch's model, and test that one once."""
+    # Build. Whatever is wrong in a recipe shows here, before anything is written.
+    set_seed(recipe.seed)
+    with accelerator.local_main_process_first():  # on each machine the first process fills the cache
+        splits = load_splits(recipe.data)
+    names = class_names(splits)
+    model = build_model(recipe, len(names))
+    loaders = build_loaders(recipe, splits, micro_batch_size(recipe, accelerator.num_processes, model))
+    data_config = resolve_model_data_config(model) | dict(
+        input_size=(3, recipe.img_size, recipe.img_size),
+        interpolation="bicubic",
+        crop_pct=recipe.img_size / (recipe.resize or recipe.img_size),
+    )
+    parts = build_parts(recipe, model, loaders["train"], data_config)
+    run = Run(name, recipe, accelerator, model, names, data_config)
+
+    # Prepare. Not the scheduler: Accelerate would step it once per process.
+    order = loaders["train"].sampler
+    parts = parts._replace(
+        model=accelerator.prepare(parts.model),
+        optimizer=accelerator.prepare(parts.optimizer),
+        normalize=parts.normalize.to(accelerator.device),
+    )
+    loaders = {split: accelerator.prepare(loader) for split, loader in loaders.items()}
+
+    for epoch in range(recipe.epochs):
+        order.set_epoch(epoch)
+        progress = train_one_epoch(name, recipe, accelerator, epoch, parts, loaders["train"])
+        scores = evaluate(accelerator, parts.model, loaders["val"], parts.normalize) if "val" in loaders else None
+        run.end_epoch(epoch, progress, parts.optimizer.param_groups[0]["lr"], scores)
+    if "test" in loaders:
+        run.load_best()
+        run.finish(evaluate(accelerator, parts.model, loaders["test"], parts.normalize))
+    accelerator.free_memory()
+    return run
+
+
+class Parts(NamedTuple):
+    """What an update takes."""
+
+    model: nn.Module
+    objective: Objective
+    optimizer: Optimizer
+    scheduler: Scheduler
+    normalize: nn.Module
+
+
+def train_one_epoch(
+    name: str, recipe: Recipe, accelerator: Accelerator, epoch: int, parts: Parts, loader: DataLoader
+) -> Progress:
+    """One pass over the training split; returns the averaged losses."""
+    parts.model.train()
+    progress = Progress(accelerator, f"{name} epoch {epoch + 1}/{recipe.epochs}", recipe.log_interval)
+    update = epoch * len(loader) // recipe.grad_accum_steps
+    for step, (images, labels) in enumerate(progress.over(loader)):
+        # Dropout and the choice of parts depend on nothing but the place in the run.
+        torch.manual_seed(keyed_seed(recipe.seed, "step", epoch, step, accelerator.process_index))
+        with accelerator.accumulate(parts.model):
+            losses = parts.objective(parts.model(parts.normalize(images)), labels)
+            accelerator.backward(losses["loss"])
+            if accelerator.sync_gradients and recipe.clip_grad is not None:
+                accelerator.clip_grad_norm_(parts.model.parameters(), recipe.clip_grad)
+            parts.optimizer.step()
+            parts.optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            update += 1
+            parts.scheduler.step_update(update)
+        progress.add(losses)
+    return progress
+
+
+def build_model(recipe: Recipe, classes: int) -> nn.Module:
+    """Create the recipe's timm model for the dataset's classes."""
+    if recipe.num_classes not in (None, classes):
+        raise UserError(
+            f"num_classes is {recipe.num_classes}, but dataset {recipe.data!r} has {classes} classes: set num_classes to "
+            f"{classes} or leave it out."
+        )
+    if recipe.model.startswith("local-dir:"):
+        check_folder(Path(recipe.model.removeprefix("local-dir:")))
+    elif not recipe.model.startswith("hf-hub:"):
+        tasn_timm.backbone_cfg(recipe.model)  # fails with the names that come close
+    try:
+        model = timm.create_model(recipe.model, recipe.pretrained, num_classes=classes, **recipe.model_kwargs)
+    except TypeError as error:  # timm's way to refuse an argument
+        raise UserError(f"model_kwargs {recipe.model_kwargs} do not fit {recipe.model}: {error}.") from error
+    smallest = max(getattr(getattr(model, "sampler", None), "output_size", (0,)))
+    if recipe.img_size < smallest:
+        raise UserError(
+            f"img_size {recipe.img_size} is smaller than the {smallest} pixels that {recipe.model} samples from it: use "
+            f"img_size {smallest} or more, or a smaller sample_size in model_kwargs."
+        )
+    return model.to(memory_format=torch.channels_last) if recipe.channels_last else model
+
+
+def build_loaders(recipe: Recipe, splits: dict, batch_size: int) -> dict[str, DataLoader]:
+    """Loaders of the train, and where the recipe has them val and test, splits."""
+    split = pick_split(splits, recipe.train_split, "train_split", recipe.data)
+    if len(split) < recipe.batch_size:
+        raise UserError(
+            f"split {recipe.train_split!r} has {len(split)} images, fewer than batch_size {recipe.batch_size}: use a smaller "
+            f"batch_size."
+        )
+    augment = train_transform(
+        recipe.img_size, recipe.resize, recipe.crop_padding, recipe.hflip, recipe.degrees, recipe.color_jitter
+    )
+    options = dict(seed=recipe.seed, multiple=recipe.batch_size, workers=recipe.workers)
+    loaders = dict(train=create_loader(split, augment, batch_size, **options))
+    for key, option, chosen in (("val", "val_split", recipe.val_split), ("test", "test_split", recipe.test_split)):
+        if chosen is not None:
+            split = pick_split(splits, chosen, option, recipe.data)
+            transform = eval_transform(recipe.img_size, recipe.resize)
+            loaders[key] = create_loader(split, transform, batch_size, workers=recipe.workers)
+    return loaders
+
+
+def build_parts(recipe: Recipe, model: nn.Module, loader: DataLoader, data_config: dict) -> Parts:
+    """Objective, optimizer and scheduler of a model."""
+    optimizer = create_optimizer_v2(
+        model, recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum, **recipe.opt_kwargs
+    )
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        recipe.sched,
+        num_epochs=recipe.epochs,
+        warmup_epochs=recipe.warmup_epochs,
+        warmup_lr=recipe.warmup_lr,
+        min_lr=recipe.min_lr,
+        decay_milestones=recipe.decay_milestones,
+        decay_rate=recipe.decay_rate,
+        step_on_epochs=False,
+        updates_per_epoch=len(loader.sampler) // recipe.batch_size,
+    )
+    normalize = Normalize(data_config["mean"], data_config["std"])
+    return Parts(model, create_objective(model, recipe), optimizer, scheduler, normalize)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
