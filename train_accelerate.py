@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-import tasn_timm  # noqa: F401  (registers the models)
+import tasn_timm
 from tasn_timm.data.loading import create_loader, keyed_seed
 from tasn_timm.data.splits import class_names, load_splits, pick_split
 from tasn_timm.data.transforms import Normalize, eval_transform, train_transform
@@ -34,10 +34,11 @@ from tasn_timm.training.progress import Progress
 from tasn_timm.training.run import Run, comparison_table
 
 # What a comparison takes over from the first recipe, so that only the model and its input differ.
-SHARED_OPTIONS = (
-    "data train_split val_split test_split num_classes epochs batch_size grad_accum_steps seed mixed_precision workers cpu "
-    "log_interval output"
-).split()
+SHARED_OPTIONS = [
+    *("data", "train_split", "val_split", "test_split", "num_classes"),
+    *("epochs", "batch_size", "grad_accum_steps", "seed", "mixed_precision"),
+    *("workers", "cpu", "log_interval", "output"),
+]
 
 
 def main() -> None:
@@ -133,8 +134,8 @@ def build_model(recipe: Recipe, classes: int) -> nn.Module:
     """Create the recipe's timm model for the dataset's classes."""
     if recipe.num_classes not in (None, classes):
         raise UserError(
-            f"num_classes is {recipe.num_classes}, but dataset {recipe.data!r} has {classes} classes: set num_classes to "
-            f"{classes} or leave it out."
+            f"num_classes is {recipe.num_classes}, but dataset {recipe.data!r} has {classes} classes: set num_classes "
+            f"to {classes} or leave it out."
         )
     if recipe.model.startswith("local-dir:"):
         check_folder(Path(recipe.model.removeprefix("local-dir:")))
@@ -147,8 +148,8 @@ def build_model(recipe: Recipe, classes: int) -> nn.Module:
     smallest = max(getattr(getattr(model, "sampler", None), "output_size", (0,)))
     if recipe.img_size < smallest:
         raise UserError(
-            f"img_size {recipe.img_size} is smaller than the {smallest} pixels that {recipe.model} samples from it: use "
-            f"img_size {smallest} or more, or a smaller sample_size in model_kwargs."
+            f"img_size {recipe.img_size} is smaller than the {smallest} pixels that {recipe.model} samples from it: "
+            f"use img_size {smallest} or more, or a smaller sample_size in model_kwargs."
         )
     return model.to(memory_format=torch.channels_last) if recipe.channels_last else model
 
@@ -158,8 +159,8 @@ def build_loaders(recipe: Recipe, splits: dict, batch_size: int) -> dict[str, Da
     split = pick_split(splits, recipe.train_split, "train_split", recipe.data)
     if len(split) < recipe.batch_size:
         raise UserError(
-            f"split {recipe.train_split!r} has {len(split)} images, fewer than batch_size {recipe.batch_size}: use a smaller "
-            f"batch_size."
+            f"split {recipe.train_split!r} has {len(split)} images, fewer than batch_size {recipe.batch_size}: use a "
+            f"smaller batch_size."
         )
     augment = train_transform(
         recipe.img_size, recipe.resize, recipe.crop_padding, recipe.hflip, recipe.degrees, recipe.color_jitter

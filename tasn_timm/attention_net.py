@@ -7,7 +7,7 @@ import torch
 from timm.layers import SeparableConvNormAct
 from timm.models import PretrainedCfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from timm.models._registry import get_arch_pretrained_cfgs, split_model_name_tag
-from timm.models.byobnet import BasicBlock, ByobNet, ByoBlockCfg, ByoModelCfg, register_block
+from timm.models.byobnet import BasicBlock, ByoBlockCfg, ByobNet, ByoModelCfg, register_block
 from timm.models.resnet import BasicBlock as ResNetBasicBlock
 from torch import Tensor, nn
 from torch.nn import functional as F

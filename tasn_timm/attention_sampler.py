@@ -232,8 +232,8 @@ class AttentionSampler(nn.Module):
         if image_size[0] < self.output_size[0] or image_size[1] < self.output_size[1]:
             raise UserError(
                 f"the image has {image_size[0]} x {image_size[1]} pixels, fewer than the {self.output_size[0]} x "
-                f"{self.output_size[1]} to be sampled from it: resize it (the published ratio is 512 to 224), or create "
-                f"the model with a smaller sample_size."
+                f"{self.output_size[1]} to be sampled from it: resize it (the published ratio is 512 to 224), or "
+                f"create the model with a smaller sample_size."
             )
         return sample(image, self.grid(attention, image_size))
 

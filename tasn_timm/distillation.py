@@ -38,8 +38,8 @@ class TASNLoss(nn.Module):
              + (1 - m) * (CE(logits) + part_weight * CE(shared_part))
              + m * (CE(master) + part_weight * CE(part) + soft_weight * L_soft(master, part))
 
-    m is 1/2 with heads="both" and 1 else. So the defaults are the published weights for "both" (1; four times 0.5; 1 for
-    the soft target), and the paper's lambda = 2 relative to the master's own loss for each.
+    m is 1/2 with heads="both" and 1 else. So for "both" the defaults are the published weights (1; 4 x 0.5; 1 for
+    the soft target), and for all three lambda = 2 is relative to the classification of the master, as in Eq. 8.
 
     Args:
         temperature: T of Eq. 6.

@@ -19,7 +19,7 @@ def unknown(what: str, got: object, allowed: Iterable[str]) -> UserError:
         allowed: The names that exist. More than 30 are not listed, only the closest ones named.
 
     Returns:
-        The error, to be raised by the caller: "unknown normalization 'spatail': did you mean 'spatial'? Choose from ...".
+        The error, for the caller to raise: "unknown normalization 'spatail': did you mean 'spatial'? Choose from ...".
     """
     allowed = sorted(allowed)
     close = get_close_matches(str(got), allowed, n=3, cutoff=0.6)

@@ -112,7 +112,6 @@ def _write_card(model: nn.Module, aside: Path, folder: Path, measured: Measured)
         ],
     )
     accuracy = ", ".join(f"{name} {value:.2f} %" for name, value in measured.metrics.items())
-    size = model.pretrained_cfg["input_size"]
     parameters = sum(p.numel() for p in model.parameters())
     text = f"""---
 {data.to_yaml()}
@@ -135,10 +134,10 @@ two per multiply-add.
 ```python
 import timm, tasn_timm  # the import registers the architecture
 
-model = timm.create_model("local-dir:{folder}", pretrained=True).eval()  # or "hf-hub:user/name" once published
+model = timm.create_model("local-dir:{folder}", pretrained=True).eval()  # once published: "hf-hub:user/name"
 config = timm.data.resolve_model_data_config(model)
 transform = timm.data.create_transform(**config)
-logits = model(transform(image).unsqueeze(0))  # a PIL image of {size[1]} x {size[2]} pixels or more -> (1, {model.num_classes})
+logits = model(transform(image).unsqueeze(0))  # from a PIL image; (1, {model.num_classes})
 model.pretrained_cfg["label_names"][logits.argmax()]
 ```
 
@@ -152,8 +151,8 @@ It knows the {model.num_classes} classes of its dataset and nothing else: any ot
 
 ## Citation
 
-Zheng, Fu, Zha, Luo: Looking for the Devil in the Details: Learning Trilinear Attention Sampling Network for Fine-grained
-Image Recognition. CVPR 2019.
+Zheng, Fu, Zha, Luo: Looking for the Devil in the Details: Learning Trilinear Attention Sampling Network for
+Fine-grained Image Recognition. CVPR 2019.
 """
     (aside / "README.md").write_text(text)
     ModelCard.load(aside / "README.md")

@@ -16,7 +16,7 @@ from .trilinear_attention import TrilinearAttention
 class TASNOutput(NamedTuple):
     """Logits (B, K) of every classifier, as the loss takes them (`distillation.TASNLoss`).
 
-    With heads="shared" or "separate" there are two classifications instead of four: master is logits, shared_part is part.
+    With heads="shared" or "separate" there are two classifications, not four: master is logits, shared_part is part.
     """
 
     logits: Tensor  # the prediction: structure image
@@ -29,8 +29,8 @@ class TASNOutput(NamedTuple):
 class TASN(nn.Module):
     """Trilinear Attention Sampling Network around any timm backbone.
 
-    In evaluation, an image (B, 3, H, W) becomes logits (B, K): only the structure-preserved image is made and classified.
-    In training it becomes the mean of all classifiers' logits, so that any training loop reaches every parameter; that is
+    In evaluation an image (B, 3, H, W) becomes logits (B, K): only the structure-preserved image is classified. In
+    training it becomes the mean of all classifiers' logits, so that any training loop reaches every parameter; that is
     not the paper's loss. After `set_distilled_training(True)` it becomes a `TASNOutput`, which `TASNLoss` takes.
 
     Args:
@@ -193,7 +193,7 @@ class TASN(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """The backbone's `prune_intermediate_layers`; without classifiers the attention net is frozen: nothing trains it."""
+        """The backbone's method of that name. Without classifiers nothing trains the attention net, so it is frozen."""
         taken = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
         if prune_head:
             self.reset_classifier(0)

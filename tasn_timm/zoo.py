@@ -1,4 +1,4 @@
-"""Named models for timm's registry. Their default_cfgs are read from hub_configs/, one file per architecture and tag."""
+"""Named models for timm's registry. Their default_cfgs come from hub_configs/, one file per architecture and tag."""
 
 import json
 from functools import partial
@@ -103,8 +103,8 @@ def _pretrained_state(part: nn.Module, weights: dict[str, Tensor] | None, cache_
     name = f"{cfg['architecture']}.{cfg['tag']}" if cfg.get("tag") else cfg["architecture"]
     if weights is None and not get_pretrained_cfg(name).has_weights:
         raise UserError(
-            f"there are no pretrained weights for {name}, the backbone of the attention net: use pretrained=False, or an "
-            f"attention_net with weights ({', '.join(key for key in PRESETS if key != 'tiny')})."
+            f"there are no pretrained weights for {name}, the backbone of the attention net: use pretrained=False, or "
+            f"an attention_net with weights ({', '.join(key for key in PRESETS if key != 'tiny')})."
         )
     overlay = dict(state_dict=weights) if weights is not None else None
     arguments = {**part._model_args, "in_chans": cfg["input_size"][0]}
@@ -154,8 +154,8 @@ def tasn_convnext_tiny(pretrained: bool = False, **kwargs) -> TASN:
 def tasn_tiny(pretrained: bool = False, **kwargs) -> TASN:
     """0.3 M parameters for the embedded dataset: a narrow ResNet-10-T at 48 pixels, sampled from 192.
 
-    Trained from scratch, so with our additions where the paper counts on ImageNet weights: a sharper relation softmax and
-    a flat top on the structure map.
+    Trained from scratch, so with our additions where the paper counts on ImageNet weights: a sharper relation softmax
+    and a flat top on the structure map.
     """
     arguments = dict(
         sample_size=48,

@@ -25,7 +25,7 @@ def keyed_seed(*key: int | str) -> int:
 
 
 def decode(image: dict) -> Image.Image:
-    """Decode an undecoded `datasets` image (bytes or path): EXIF orientation applied, RGB. The only decoding rule here."""
+    """Decode a `datasets` image given as bytes or path: EXIF orientation applied, RGB. The one rule for every use."""
     with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
         return ImageOps.exif_transpose(opened).convert("RGB")
 

@@ -21,8 +21,8 @@ def load_splits(name: str) -> datasets.DatasetDict:
     """Load all splits of a dataset, as columns "image" and "label".
 
     Args:
-        name: Key of `BUILT_IN`; a folder, of parquet files or of one sub-folder of images per class; or an id on the Hub,
-            "user/name".
+        name: Key of `BUILT_IN`; a folder of parquet files or of one sub-folder of images per class; or "user/name" on
+            the Hub.
 
     Returns:
         Splits with the columns "image" (`datasets.Image`) and "label" (`datasets.ClassLabel`).

@@ -76,7 +76,12 @@ def _smooth(*corners: tuple[float, float]) -> np.ndarray:
 
 
 # The bird faces right in a box of about 100 x 95 units, x to the right, y down.
-BODY = _smooth((65, 20), (73, 22), (79, 28), (81, 34), (79, 41), (79, 52), (72, 66), (56, 76), (40, 77), (31, 72), (33, 60), (44, 46), (54, 30), (59, 23))  # fmt: skip
+# fmt: off
+BODY = _smooth(
+    (65, 20), (73, 22), (79, 28), (81, 34), (79, 41), (79, 52), (72, 66),
+    (56, 76), (40, 77), (31, 72), (33, 60), (44, 46), (54, 30), (59, 23),
+)
+# fmt: on
 BELLY = _smooth((80, 38), (79, 52), (72, 66), (56, 76), (44, 76), (54, 66), (64, 54), (70, 42))
 WING = _smooth((62, 44), (66, 54), (58, 66), (42, 73), (24, 80), (17, 82), (28, 68), (42, 52), (52, 44))
 TAIL = np.array([(38, 64), (40, 75), (24, 84), (6, 95), (1, 88), (18, 76)])
@@ -85,7 +90,10 @@ LEGS = [(52, 72), (60, 72)]
 BOX = np.array([(0, 19), (91, 19), (91, 96), (0, 96)])
 CIRCLE = np.array([(math.cos(a), math.sin(a)) for a in np.arange(24) * (math.pi / 12)])
 
-BEAKS = [np.array([(78, 28.5), (90, 34.5), (79.5, 39)]), _smooth((78, 29), (85, 29), (89.5, 33), (89, 39.5), (86, 36), (80, 38))]  # fmt: skip
+BEAKS = [
+    np.array([(78, 28.5), (90, 34.5), (79.5, 39)]),
+    _smooth((78, 29), (85, 29), (89.5, 33), (89, 39.5), (86, 36), (80, 38)),
+]
 GAPES = [((79.5, 34), (87.5, 34.3)), ((79.5, 34), (86.5, 34.5))]
 EYE = np.array((71.5, 30.5))
 EYE_STRIPE = ((-8, 2.2), (6, -0.9))  # relative to the eye
@@ -117,7 +125,7 @@ def draw(split: str, index: int, seed: int = 0) -> np.ndarray:
 
 
 def load(cache_dir: str | Path | None = None, num_proc: int | None = None, seed: int = 0) -> datasets.DatasetDict:
-    """Load the dataset; the first call draws it (a minute or so on one core) and caches it.
+    """Load the dataset; the first call draws it (about a minute on two cores) and caches it.
 
     Args:
         cache_dir: Folder for the images (320 MB). None: the cache of the `datasets` library.
@@ -390,8 +398,8 @@ def _eye(rng: np.random.Generator, level: int, plumage: _Plumage) -> list[Shape]
     centre = EYE + rng.normal(0, 0.4, 2)
     start, end = centre + EYE_STRIPE
     mark = _stroke(start, end, 2.6) if level == 1 else _disc(centre, 4.6)
-    glint = (_disc(centre + (1, -1), 0.9), (255, 255, 255))
-    return [(mark, plumage.mark), (_disc(centre, 3.1), plumage.dark), glint]
+    glint = _disc(centre + np.array((1, -1)), 0.9)
+    return [(mark, plumage.mark), (_disc(centre, 3.1), plumage.dark), (glint, (255, 255, 255))]
 
 
 def _photograph(rng: np.random.Generator, image: Image.Image) -> np.ndarray:
@@ -422,7 +430,7 @@ def _paint(image: Image.Image, shapes: list[Shape], scale: int) -> None:
 def _inside(polygons: list[np.ndarray], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Find the pixels whose centres lie inside polygons (even-odd rule), polygon by polygon.
 
-    ImageDraw would do, but fills sharp corners differently from one version of Pillow to the next, and borders too wide.
+    ImageDraw would do, but fills sharp corners differently from one version of Pillow to the next, and draws too wide.
 
     Args:
         polygons: Corners (n, 2) of each, x then y, in pixels.

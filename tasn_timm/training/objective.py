@@ -49,7 +49,7 @@ def micro_batch_size(recipe: Recipe, processes: int, model: nn.Module) -> int:
     size = recipe.batch_size // shares
     if size == 1 and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         raise UserError(
-            f"batch_size {recipe.batch_size} leaves 1 image per forward pass, and {recipe.model} has BatchNorm, which needs "
-            f"at least 2: use batch_size {2 * shares} or more."
+            f"batch_size {recipe.batch_size} leaves 1 image per forward pass, but {recipe.model} has BatchNorm, which "
+            f"needs at least 2: use batch_size {2 * shares} or more."
         )
     return size
