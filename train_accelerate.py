@@ -145,7 +145,7 @@ def build_model(recipe: Recipe, classes: int) -> nn.Module:
         model = timm.create_model(recipe.model, recipe.pretrained, num_classes=classes, **recipe.model_kwargs)
     except TypeError as error:  # timm's way to refuse an argument
         raise UserError(f"model_kwargs {recipe.model_kwargs} do not fit {recipe.model}: {error}.") from error
-    smallest = max(getattr(getattr(model, "sampler", None), "output_size", (0,)))
+    smallest = max(getattr(model, "sample_size", (0,)))
     if recipe.img_size < smallest:
         raise UserError(
             f"img_size {recipe.img_size} is smaller than the {smallest} pixels that {recipe.model} samples from it: "

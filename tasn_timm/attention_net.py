@@ -105,8 +105,11 @@ class AttentionNet(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Compute the features X (B, C, h, w), not negative with the presets, of an image (B, 3, H, W) of any size."""
         # Antialiased, unlike the published code: 512 to 112 pixels would otherwise skip most of the image's pixels.
-        image = F.interpolate(image, size=self.input_size, mode="bilinear", align_corners=False, antialias=True)
-        stages = [_channels_first(x, c) for x, c in zip(self.trunk(image), self.trunk.feature_info.channels())]
+        precise = image.to(torch.promote_types(image.dtype, torch.float32))  # bfloat16 is not implemented on CPU
+        small = F.interpolate(precise, self.input_size, mode="bilinear", align_corners=False, antialias=True)
+        stages = [
+            _channels_first(x, c) for x, c in zip(self.trunk(small.to(image.dtype)), self.trunk.feature_info.channels())
+        ]
         return self.tail(self._merge(stages))
 
     def classify(self, features: Tensor) -> Tensor:
@@ -120,7 +123,7 @@ class AttentionNet(nn.Module):
             nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
             if num_classes
             else nn.Identity()
-        )
+        ).train(self.training)
 
     def _merge(self, stages: list[Tensor]) -> Tensor:
         if not self.reduce:

@@ -203,28 +203,33 @@ class AttentionSampler(nn.Module):
 
     Args:
         output_size: Pixels of the sampled image, one number or (H', W').
+        shape: What is done to a map first, see `shape_map`.
         max_zoom, iterations, marginal: As in `attention_grid`.
     """
 
     def __init__(
         self,
         output_size: int | tuple[int, int],
+        shape: str = "none",
         max_zoom: float | None = 4.0,
         iterations: int = 5,
         marginal: str = "max",
     ) -> None:
         super().__init__()
+        if shape not in _SHAPES:
+            raise unknown("map shape", shape, SHAPES)
         if marginal not in _MARGINALS:
             raise unknown("marginal", marginal, MARGINALS)
         _check_max_zoom(max_zoom)
         self.output_size = to_2tuple(output_size)
+        self.shape = shape
         self.max_zoom = max_zoom
         self.iterations = iterations
         self.marginal = marginal
 
     def grid(self, attention: Tensor, image_size: tuple[int, int]) -> Tensor:
         """(B, H', W', 2) for maps (B, h, w) over an image of (H, W) pixels."""
-        density_x, density_y = axis_densities(attention, image_size, marginal=self.marginal)
+        density_x, density_y = axis_densities(shape_map(attention, self.shape), image_size, marginal=self.marginal)
         return _density_grid(density_x, density_y, self.output_size, self.max_zoom, self.iterations)
 
     def forward(self, image: Tensor, attention: Tensor) -> Tensor:
@@ -239,8 +244,8 @@ class AttentionSampler(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"output_size={self.output_size}, max_zoom={self.max_zoom}, iterations={self.iterations}, "
-            f"marginal={self.marginal}"
+            f"output_size={self.output_size}, shape={self.shape}, max_zoom={self.max_zoom}, "
+            f"iterations={self.iterations}, marginal={self.marginal}"
         )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention_net import PRESETS, AttentionNet, create_backbone, stem_convolutions
-from .attention_sampler import AttentionSampler, shape_map
+from .attention_sampler import AttentionSampler
 from .errors import unknown
 from .heads import Heads
 from .trilinear_attention import TrilinearAttention
@@ -98,12 +98,11 @@ class TASN(nn.Module):
             **layout | (attention_args or {}), num_classes=num_classes, in_chans=in_chans, **dd
         )
         self.trilinear_attention = TrilinearAttention(normalization, spatial_scale, relation_scale, selection)
-        self.sampler = AttentionSampler(sample_size, max_zoom, iterations, marginal)
-        self.structure_shape = structure_shape
-        self.detail_shape = detail_shape
+        self.structure_sampler = AttentionSampler(sample_size, structure_shape, max_zoom, iterations, marginal)
+        self.detail_sampler = AttentionSampler(sample_size, detail_shape, max_zoom, iterations, marginal)
         self.backbone = create_backbone(
             backbone,
-            self.sampler.output_size,
+            self.sample_size,
             num_classes=0,
             in_chans=in_chans,
             global_pool=global_pool,
@@ -112,7 +111,7 @@ class TASN(nn.Module):
             **(backbone_args or {}),
             **dd,
         )
-        self.heads = Heads(heads, _pooled_width(self.backbone), num_classes, **dd)
+        self.heads = Heads(heads, self.backbone.head_hidden_size, num_classes, **dd)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.distilled_training = False
@@ -140,11 +139,11 @@ class TASN(nn.Module):
     def forward(self, image: Tensor) -> Tensor | TASNOutput:
         features = self.attention_net(image)  # X: (B, C, h, w)
         structure_map, detail_maps = self.trilinear_attention(features)  # Eq. 2: (B, h, w), (B, 1, h, w)
-        structure = self.sampler(image, shape_map(structure_map, self.structure_shape))  # I_s: (B, 3, H', W')
+        structure = self.structure_sampler(image, structure_map)  # I_s: (B, 3, H', W')
         if not self.training or self.num_classes == 0:
             return self.heads(self.backbone(structure))
 
-        detail = self.sampler(image, shape_map(detail_maps[:, 0], self.detail_shape))  # I_d: (B, 3, H', W')
+        detail = self.detail_sampler(image, detail_maps[:, 0])  # I_d: (B, 3, H', W')
         pooled = self.backbone(torch.cat([structure, detail]))  # one batch: shared weights and BatchNorm statistics
         output = TASNOutput(*self.heads.forward_pair(*pooled.chunk(2)), self.attention_net.classify(features))
         return output if self.distilled_training else self._mean_logits(output)
@@ -152,7 +151,12 @@ class TASN(nn.Module):
     def sample(self, image: Tensor) -> Tensor:
         """The structure-preserved image I_s (B, 3, H', W') of an image (B, 3, H, W)."""
         structure_map, _ = self.trilinear_attention(self.attention_net(image))
-        return self.sampler(image, shape_map(structure_map, self.structure_shape))
+        return self.structure_sampler(image, structure_map)
+
+    @property
+    def sample_size(self) -> tuple[int, int]:
+        """Pixels (H', W') of the sampled images."""
+        return self.structure_sampler.output_size
 
     def set_distilled_training(self, enable: bool = True) -> None:
         """Make training-mode forward return a `TASNOutput` (timm's name for this switch, from DeiT)."""
@@ -210,8 +214,7 @@ class TASN(nn.Module):
             self.backbone.reset_classifier(0, global_pool)
         self.num_classes = num_classes
         like = next(self.backbone.parameters())
-        width = _pooled_width(self.backbone)
-        self.heads = Heads(self.heads.heads, width, num_classes, device=like.device, dtype=like.dtype)
+        self.heads = Heads(self.heads.heads, self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
         self.heads.train(self.training)
         self.attention_net.reset_classifier(num_classes)
 
@@ -234,12 +237,6 @@ class TASN(nn.Module):
     def _mean_logits(self, output: TASNOutput) -> Tensor:
         distinct = output if self.heads.heads == "both" else (output.logits, output.part, output.attention)
         return torch.stack(list(distinct)).mean(0)
-
-
-def _pooled_width(backbone: nn.Module) -> int:
-    """C of the backbone's pooled features: its head_hidden_size, twice for the concatenating pool "catavgmax"."""
-    pool = getattr(getattr(backbone, "head", None), "global_pool", None) or getattr(backbone, "global_pool", None)
-    return backbone.head_hidden_size * (pool.feat_mult() if hasattr(pool, "feat_mult") else 1)
 
 
 def _prefixed(pattern: str | Sequence[tuple]) -> str | list[tuple]:

@@ -35,7 +35,7 @@ from ..errors import UserError, unknown
 if TYPE_CHECKING:
     import datasets
 
-VERSION = 2  # raise it whenever a pixel changes: cached datasets are then generated again
+VERSION = 3  # raise it whenever a pixel changes: cached datasets are then generated again
 SIZE = 192  # pixels, height and width
 SPLITS = {"train": 3600, "validation": 600, "test": 960}
 SPLIT_NUMBERS = {"train": 1, "test": 2, "validation": 3}
@@ -87,16 +87,17 @@ WING = _smooth((62, 44), (66, 54), (58, 66), (42, 73), (24, 80), (17, 82), (28, 
 TAIL = np.array([(38, 64), (40, 75), (24, 84), (6, 95), (1, 88), (18, 76)])
 FEATHERS = [((50, 57), (25, 78)), ((56, 61), (33, 75)), ((45, 53), (24, 74))]
 LEGS = [(52, 72), (60, 72)]
-BOX = np.array([(0, 19), (91, 19), (91, 96), (0, 96)])
+BOX = np.array([(0, 19), (93, 19), (93, 96), (0, 96)])
 CIRCLE = np.array([(math.cos(a), math.sin(a)) for a in np.arange(24) * (math.pi / 12)])
 
 BEAKS = [
-    np.array([(78, 28.5), (90, 34.5), (79.5, 39)]),
-    _smooth((78, 29), (85, 29), (89.5, 33), (89, 39.5), (86, 36), (80, 38)),
+    np.array([(78, 27), (93, 34.5), (79, 40.5)]),
+    _smooth((78, 28), (86, 27.5), (91.5, 32.5), (91, 41), (87.5, 36.5), (80, 39)),
 ]
-GAPES = [((79.5, 34), (87.5, 34.3)), ((79.5, 34), (86.5, 34.5))]
+GAPES = [((79.5, 34), (89.5, 34.4)), ((79.5, 34), (88, 34.5))]
 EYE = np.array((71.5, 30.5))
-EYE_STRIPE = ((-8, 2.2), (6, -0.9))  # relative to the eye
+EYE_RING = 5.2  # radius
+EYE_STRIPE = ((-10, 2.8), (7.5, -1.3), 3.6)  # from and to, relative to the eye, and width
 WING_BARS = [[((49, 48), (59, 63), 4.2)], [((52.5, 46.5), (62, 60), 2.1), ((45, 50), (55, 65), 2.1)]]
 WING_AXIS = np.array((-0.78, 0.62))
 TAIL_STREAKS = [((5, 87), (14, 81)), ((8.4, 91.8), (17.4, 85.8))]
@@ -396,8 +397,8 @@ def _beak(level: int, plumage: _Plumage) -> list[Shape]:
 def _eye(rng: np.random.Generator, level: int, plumage: _Plumage) -> list[Shape]:
     """A dark eye in a pale ring (level 0) or on a pale stripe (1)."""
     centre = EYE + rng.normal(0, 0.4, 2)
-    start, end = centre + EYE_STRIPE
-    mark = _stroke(start, end, 2.6) if level == 1 else _disc(centre, 4.6)
+    start, end, width = EYE_STRIPE
+    mark = _stroke(centre + start, centre + end, width) if level == 1 else _disc(centre, EYE_RING)
     glint = _disc(centre + np.array((1, -1)), 0.9)
     return [(mark, plumage.mark), (_disc(centre, 3.1), plumage.dark), (glint, (255, 255, 255))]
 

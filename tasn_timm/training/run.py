@@ -146,8 +146,8 @@ def comparison_table(runs: list[Run]) -> str:
     """Input, cost and test accuracy of runs, as text."""
     rows = [("run", "model", "input", "MFLOPs an image", "test top-1")]
     for run in runs:
-        sampler = getattr(run.model, "sampler", None)
-        size = f"{run.recipe.img_size}" + (f", samples {sampler.output_size[0]}" if sampler else "")
+        samples = getattr(run.model, "sample_size", None)
+        size = f"{run.recipe.img_size}" + (f", samples {samples[0]}" if samples else "")
         top1 = f"{run.test_scores['top1']:.1f} %" if run.test_scores else "not tested"
         rows.append((run.folder.name, run.recipe.model, size, f"{run.flops / 1e6:.1f}", top1))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

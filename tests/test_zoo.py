@@ -1,0 +1,118 @@
+"""Named models: what timm's registry shows, what hub_configs/ says, and where ImageNet weights go."""
+
+import json
+
+import pytest
+import timm
+import torch
+
+import tasn_timm  # noqa: F401
+from tasn_timm.zoo import HUB_CONFIGS, default_cfgs, read_hub_config, starting_cfg
+
+NAMED = ["resnet18", "resnet50", "resnet101", "vgg19_bn", "convnext_tiny"]
+GENERIC = dict(
+    backbone="test_resnet", sample_size=32, attention_backbone="test_resnet", attention_net="lite", num_classes=7
+)
+
+
+def test_the_registry_lists_the_models():
+    assert set(timm.list_models("tasn*")) == {"tasn", "tasn_tiny", *(f"tasn_{name}" for name in NAMED)}
+    assert {f"tasn_{name}.in1k" for name in NAMED} <= set(timm.list_models("tasn*", pretrained=True))
+    assert timm.models.list_modules().count("zoo") == 1
+
+
+@pytest.mark.parametrize("path", sorted(HUB_CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_hub_config_describes_the_model_it_builds(path):
+    config = read_hub_config(path)
+    with torch.device("meta"):
+        model = timm.create_model(path.stem, **config["model_args"])
+    cfg = model.pretrained_cfg
+    names = dict(model.named_modules())
+    assert model.num_classes == config["num_classes"] == cfg["num_classes"]
+    assert cfg["first_conv"] == model._traits["first_conv"]
+    assert all(names[name].weight.shape[1] == 3 for name in cfg["first_conv"])
+    assert [names[name].out_features for name in cfg["classifier"]] == [model.num_classes] * 4
+    assert cfg["min_input_size"][1:] == model.sample_size
+    assert cfg["pool_size"] == tuple(-(-side // model.feature_info[-1]["reduction"]) for side in model.sample_size)
+    assert set(config) == {"architecture", "num_classes", "model_args", "pretrained_cfg", "tasn"}
+    assert set(config["tasn"]) == {
+        *("recipe", "dataset", "dataset_revision", "paper_top1", "measured_top1", "repo_id", "commit", "sha256")
+    }
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_starting_points_are_their_backbones_own_weights(name):
+    cfg = json.loads((HUB_CONFIGS / f"tasn_{name}.in1k.json").read_text())["pretrained_cfg"]
+    with torch.device("meta"):
+        backbone = timm.create_model(f"tasn_{name}").backbone.pretrained_cfg
+    expected = json.loads(json.dumps(starting_cfg(f"{name}.{backbone['tag']}")))
+    assert cfg.pop("first_conv")
+    assert cfg == expected
+    assert cfg["hf_hub_id"] == f"timm/{name}.{backbone['tag']}"
+    assert default_cfgs[f"tasn_{name}"].default.has_weights
+
+
+def test_published_sizes():
+    with torch.device("meta"):
+        model = timm.create_model("tasn_resnet50", num_classes=200)
+    assert model.pretrained_cfg["input_size"] == (3, 512, 512)
+    assert model.sample_size == (224, 224)
+    assert model.structure_sampler.shape == "square"
+    assert model.detail_sampler.shape == "none"
+    assert model.trilinear_attention.normalization == "spatial_relation"
+    assert model.trilinear_attention.spatial_scale == 7
+    assert model.heads.heads == "both"
+
+
+def test_the_generic_entry_takes_any_backbone():
+    model = timm.create_model("tasn", backbone="test_convnext", num_classes=7, sample_size=32, attention_net="tiny").eval()
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 7)
+    assert model.pretrained_cfg["architecture"] == "tasn"
+    assert model.pretrained_cfg["mean"] == model.backbone.pretrained_cfg["mean"]
+
+
+def test_a_named_model_has_its_own_backbone():
+    with pytest.raises(TypeError, match="backbone"):
+        timm.create_model("tasn_resnet18", backbone="resnet50")
+
+
+def test_features_only_gives_every_level():
+    model = timm.create_model("tasn_tiny", features_only=True).eval()
+    levels = model(torch.randn(2, 3, 192, 192))
+    assert [x.shape[1:] for x in levels] == [(24, 24, 24), (24, 12, 12), (48, 6, 6), (72, 3, 3), (96, 2, 2)]
+    assert [x.shape[1] for x in levels] == model.feature_info.channels()
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "attention_net" in name)
+
+
+@pytest.mark.parametrize("in_chans", [3, 1])
+def test_pretrained_takes_both_backbones_from_their_own_repositories(hub_cache, no_network, in_chans):
+    torch.manual_seed(0)
+    source = timm.create_model("test_resnet")
+    cache = hub_cache("test_resnet.r160_in1k", source)
+    model = timm.create_model("tasn", pretrained=True, cache_dir=cache, in_chans=in_chans, **GENERIC)
+    trunk = model.attention_net.trunk
+    for part in (model.backbone, trunk):
+        torch.testing.assert_close(part.layer2[0].conv1.weight, source.layer2[0].conv1.weight, rtol=0, atol=0)
+        stem = part.conv1 if hasattr(part, "conv1") else part.conv1_0
+        expected = source.conv1[0].weight if isinstance(source.conv1, torch.nn.Sequential) else source.conv1.weight
+        first = stem[0] if isinstance(stem, torch.nn.Sequential) else stem
+        if in_chans == 1:
+            expected = expected.sum(1, keepdim=True)
+        torch.testing.assert_close(first.weight, expected)
+    assert model.heads.shared.out_features == model.attention_net.classifier.out_features == 7
+
+
+def test_pretrained_fails_clearly_where_the_attention_net_has_no_weights(hub_cache):
+    cache = hub_cache("test_resnet.r160_in1k", timm.create_model("test_resnet"))
+    arguments = dict(backbone="test_resnet", sample_size=32, attention_net="tiny")
+    with pytest.raises(ValueError, match=r"no pretrained weights for resnet6s.*published, lite"):
+        timm.create_model("tasn", pretrained=True, cache_dir=cache, **arguments)
+
+
+def test_own_weights_are_loaded_as_they_are(tmp_path):
+    torch.manual_seed(0)
+    source = timm.create_model("tasn", **GENERIC)
+    overlay = dict(state_dict=source.state_dict(), num_classes=7)
+    model = timm.create_model("tasn", pretrained=True, pretrained_cfg_overlay=overlay, **GENERIC)
+    for name, value in source.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=0)
