@@ -27,7 +27,7 @@ from tasn_timm.data.splits import class_names, load_splits, pick_split
 from tasn_timm.data.transforms import Normalize, eval_transform, train_transform
 from tasn_timm.errors import UserError, run_command
 from tasn_timm.hub import check_folder
-from tasn_timm.recipe import Recipe, load_recipe, parse_args
+from tasn_timm.recipe import Recipe, load_recipe, parse_args, recipe_name
 from tasn_timm.training.evaluation import evaluate
 from tasn_timm.training.objective import Objective, create_objective, micro_batch_size
 from tasn_timm.training.progress import Progress
@@ -52,7 +52,7 @@ def main() -> None:
     runs = [train(name, recipe, accelerator)]
     if recipe.compare:
         shared = {option: getattr(recipe, option) for option in SHARED_OPTIONS}
-        runs.append(train(recipe.compare, load_recipe(recipe.compare, shared), accelerator))
+        runs.append(train(recipe_name(recipe.compare), load_recipe(recipe.compare, shared), accelerator))
     accelerator.print(comparison_table(runs))
     accelerator.print(runs[0].how_to_load())
     accelerator.end_training()

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from .errors import UserError, unknown
 
+__all__ = ["PRESETS", "AttentionNet", "MultiRateConv", "backbone_cfg", "create_backbone"]  # timm adds resnet6s
+
 # Layouts. "published": the paper's, 28 x 28 maps of 512 channels from 224 pixels, 39.4 GFLOPs.  "lite": two stages of a
 # small ResNet merged, 16 x 16 maps of 256 channels from 128 pixels, 0.7 GFLOPs, receptive field (1.2 x the input) as
 # published.  "tiny": 12 x 12 maps of 24 channels from 96 pixels, 2.8 MFLOPs, for small pictures and synthbirds.
@@ -107,9 +109,9 @@ class AttentionNet(nn.Module):
         # Antialiased, unlike the published code: 512 to 112 pixels would otherwise skip most of the image's pixels.
         precise = image.to(torch.promote_types(image.dtype, torch.float32))  # bfloat16 is not implemented on CPU
         small = F.interpolate(precise, self.input_size, mode="bilinear", align_corners=False, antialias=True)
-        stages = [
-            _channels_first(x, c) for x, c in zip(self.trunk(small.to(image.dtype)), self.trunk.feature_info.channels())
-        ]
+        stages = self.trunk(small.to(image.dtype))
+        if getattr(self.trunk, "output_fmt", None) == "NHWC":  # Swin and others
+            stages = [x.movedim(-1, 1) for x in stages]
         return self.tail(self._merge(stages))
 
     def classify(self, features: Tensor) -> Tensor:
@@ -145,6 +147,8 @@ class MultiRateConv(nn.Module):
     def __init__(self, channels: int, rates: Sequence[int], separable: bool = False, device=None, dtype=None) -> None:
         super().__init__()
         dd = dict(device=device, dtype=dtype)
+        if not rates:
+            raise UserError("tail_rates has an empty set: give every set at least one dilation rate, such as (1, 2).")
         self.rates = tuple(rates)
         self.conv = nn.Conv2d(channels, channels, 3, groups=channels if separable else 1, **dd)
         self.pointwise = nn.Conv2d(channels, channels, 1, **dd) if separable else None
@@ -184,7 +188,14 @@ def create_backbone(name: str, image_size: tuple[int, int], **kwargs) -> nn.Modu
     """
     if backbone_cfg(name).fixed_input_size:
         kwargs.setdefault("img_size", image_size)
-    return timm.create_model(name, pretrained=False, **kwargs)
+    try:
+        return timm.create_model(name, pretrained=False, **kwargs)
+    except (TypeError, IndexError, AssertionError) as error:  # timm's ways to refuse an argument
+        arguments = ", ".join(f"{key}={value!r}" for key, value in kwargs.items() if value is not None)
+        reason = str(error) or type(error).__name__
+        raise UserError(
+            f"timm model {name} cannot be made with {arguments}: {reason}. Leave out what it lacks."
+        ) from error
 
 
 def stem_convolutions(model: nn.Module) -> list[str]:
@@ -202,15 +213,13 @@ def _remove_stride(trunk: nn.Module, backbone: str, stage: int) -> None:
             f"unit_stride_stages={stage}: {backbone} has no stage {stage} of ResNet basic blocks. Use resnet18 or "
             f"resnet34, or pass unit_stride_stages=() with output_stride or earlier out_indices."
         )
+    if stage == 1:
+        raise UserError("unit_stride_stages=1: the first stage of a ResNet has no stride; choose from 2, 3 and 4.")
     for module in blocks[0].modules():
         if isinstance(module, nn.Conv2d) and module.stride == (2, 2):
             module.stride = (1, 1)
         elif isinstance(module, nn.AvgPool2d):  # the shortcut of ResNet-D
             module.kernel_size = module.stride = 1
-
-
-def _channels_first(features: Tensor, channels: int) -> Tensor:
-    return features if features.shape[1] == channels else features.movedim(-1, 1)  # Swin and others are NHWC
 
 
 class SeparableBlock(BasicBlock):

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,9 +27,10 @@ def soft_target_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, te
         temperature: T > 0 of both softmaxes.
 
     Returns:
-        Scalar.
+        Scalar, in float32 at least.
     """
-    return F.cross_entropy(student_logits / temperature, (teacher_logits / temperature).softmax(-1))
+    _check_temperature(temperature)
+    return F.cross_entropy(_precise(student_logits) / temperature, (_precise(teacher_logits) / temperature).softmax(-1))
 
 
 class TASNLoss(nn.Module):
@@ -63,8 +65,9 @@ class TASNLoss(nn.Module):
         heads: str = "both",
     ) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise UserError(f"temperature must be greater than 0, got {temperature}.")
+        _check_temperature(temperature)
+        if not 0 <= smoothing <= 1:
+            raise UserError(f"smoothing must be between 0 and 1, got {smoothing}.")
         if heads not in _MASTER_WEIGHT:
             raise unknown("heads", heads, _MASTER_WEIGHT)
         self.temperature = temperature
@@ -91,4 +94,13 @@ class TASNLoss(nn.Module):
         return dict(loss=loss, structure=structure, detail=detail, soft=soft, attention=attention)
 
     def _classify(self, logits: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), target, label_smoothing=self.smoothing)
+        return F.cross_entropy(_precise(logits), target, label_smoothing=self.smoothing)
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise UserError(f"temperature must be greater than 0, got {temperature}.")
+
+
+def _precise(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -96,7 +96,7 @@ def _write_card(model: nn.Module, aside: Path, folder: Path, measured: Measured)
     data = ModelCardData(
         model_name=folder.resolve().parent.name,
         library_name="timm",
-        license="apache-2.0",
+        license="mit",
         tags=["image-classification", "timm", "tasn", "fine-grained"],
         eval_results=[
             EvalResult(

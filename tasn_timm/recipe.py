@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from timm.optim import list_optimizers
 from timm.utils import ParseKwargs
 
 from .errors import UserError, unknown
@@ -65,7 +66,7 @@ class Recipe:
     weight_decay: float = _option(0.05, "weight decay, not on biases and norms")
     momentum: float = _option(0.9, "momentum, for optimizers that have it")
     opt_kwargs: dict = _option({}, "more arguments of the optimizer")
-    sched: str = _option("cosine", "timm scheduler, stepped at every update")
+    sched: Literal["cosine", "tanh", "poly", "multistep"] = _option("cosine", "timm scheduler, stepped every update")
     warmup_epochs: float = _option(4.0, "epochs of linear warm-up from warmup_lr")
     warmup_lr: float = _option(4e-4, "learning rate at the start of the warm-up")
     min_lr: float = _option(4e-5, "learning rate at the end")
@@ -94,6 +95,8 @@ class Recipe:
         for name in ("hflip", "smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"recipe: {name} must be between 0 and 1, got {getattr(self, name)}.")
+        if self.opt not in list_optimizers():
+            raise unknown("optimizer", self.opt, list_optimizers())
         if self.resize is not None and self.resize < self.img_size:
             raise UserError(f"recipe: resize ({self.resize}) must be at least img_size ({self.img_size}).")
 
@@ -103,7 +106,8 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
 
     Args:
         name: Name of a recipe of the package, or path of a YAML file.
-        overrides: Options that take the place of the file's. Of a dict option, only the keys given are replaced.
+        overrides: Options that take the place of the file's. Of a dict option, only the keys given are replaced; with
+            another model, the file's model_kwargs are dropped.
 
     Raises:
         UserError: No such recipe, an unknown option, or a value of the wrong type.
@@ -116,6 +120,8 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     elif not path.exists():
         raise UserError(f"there is no recipe file {name!r}; give a path to a YAML file or the name of a recipe.")
     options = yaml.safe_load(path.read_text()) or {}
+    if "model" in (overrides or {}):
+        options.pop("model_kwargs", None)
     for key, value in (overrides or {}).items():
         options[key] = {**options.get(key, {}), **value} if isinstance(value, dict) else value
     known = [entry.name for entry in dataclasses.fields(Recipe)]
@@ -154,7 +160,12 @@ def parse_args(args: list[str] | None = None) -> tuple[str, Recipe]:
         raise unknown("argument", rest[0], flags)
     overrides = vars(overrides)
     name = overrides.pop("recipe")
-    return name, load_recipe(name, overrides)
+    return recipe_name(name), load_recipe(name, overrides)
+
+
+def recipe_name(name: str) -> str:
+    """What a recipe is called: its name, or that of its file."""
+    return Path(name).stem
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

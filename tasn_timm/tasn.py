@@ -50,7 +50,8 @@ class TASN(nn.Module):
         selection: Choice of the detail map, see `structure_and_detail_maps`.
         structure_shape: Shaping of the structure map, see `shape_map`; "square" is the published code's.
         detail_shape: Shaping of the detail map.
-        max_zoom: Largest magnification along an axis, see `attention_grid`.
+        max_zoom: Largest magnification along an axis, see `attention_grid`; 0 for no bound (None means the same, but
+            timm.create_model does not pass None on, and would give the default).
         iterations: Rounds of balancing the two axes.
         marginal: "max" (Eq. 4) or "sum".
         heads: "both" (published result), "shared" or "separate" (the paper's text), see `heads.HEADS`.
@@ -98,8 +99,8 @@ class TASN(nn.Module):
             **layout | (attention_args or {}), num_classes=num_classes, in_chans=in_chans, **dd
         )
         self.trilinear_attention = TrilinearAttention(normalization, spatial_scale, relation_scale, selection)
-        self.structure_sampler = AttentionSampler(sample_size, structure_shape, max_zoom, iterations, marginal)
-        self.detail_sampler = AttentionSampler(sample_size, detail_shape, max_zoom, iterations, marginal)
+        self.structure_sampler = AttentionSampler(sample_size, structure_shape, max_zoom or None, iterations, marginal)
+        self.detail_sampler = AttentionSampler(sample_size, detail_shape, max_zoom or None, iterations, marginal)
         self.backbone = create_backbone(
             backbone,
             self.sample_size,
@@ -128,9 +129,10 @@ class TASN(nn.Module):
             normalization=normalization,
             spatial_scale=spatial_scale,
             relation_scale=relation_scale,
+            selection=selection,
             structure_shape=structure_shape,
             detail_shape=detail_shape,
-            max_zoom=max_zoom,
+            max_zoom=max_zoom or 0,
             iterations=iterations,
             marginal=marginal,
             heads=heads,

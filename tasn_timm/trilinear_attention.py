@@ -82,8 +82,8 @@ def structure_and_detail_maps(
 ) -> tuple[Tensor, Tensor]:
     """The maps that guide the sampler: A(M), the average, and R(M), chosen single ones (Eq. 3), without building M.
 
-    Both are taken over the distinct maps. Channels without any response over the image all give one and the same map;
-    the published code means to count it once, but applies its mask in the wrong channel order (its author agrees,
+    Both are taken over the distinct maps. Channels that do not respond anywhere in the image all give one and the same
+    map; the published code means to count it once, but applies its mask in the wrong channel order (its author agrees,
     researchmm/tasn#3). Here it is counted once.
 
     Args:
@@ -91,22 +91,24 @@ def structure_and_detail_maps(
         normalization, spatial_scale, relation_scale: As in `trilinear_attention`.
         selection: How the detail maps are chosen among an image's distinct maps: "random", all alike (the paper), or
             "ranked", in proportion to their mean response (Sec. 4.2).
-        parts: Number of detail maps per image, without repetition. 0 draws no random numbers.
+        parts: Number of detail maps per image, 0 to C. None comes twice as long as there are as many distinct maps. 0
+            draws no random numbers.
         generator: Source of the random choice, on the device of the features. None: torch's global one.
 
     Returns:
         Structure map (B, h, w) and detail maps (B, parts, h, w), in the precision of `trilinear_attention`.
     """
+    if selection not in _SELECTIONS:
+        raise unknown("selection", selection, SELECTIONS)
+    if parts > features.shape[1]:
+        raise UserError(f"parts is {parts}, but the features have {features.shape[1]} channels: use at most as many.")
     x = _as_matrix(features)
     relation = _relation(x, normalization, spatial_scale, relation_scale)  # (B, M, C)
-    one_per_position = normalization == "self_attention"
-    distinct = torch.ones_like(relation[:, :, 0]) if one_per_position else _distinct_channels(x)  # (B, M)
+    distinct = _distinct_maps(x, normalization)  # (B, M)
 
     rows = distinct.unsqueeze(1) / distinct.sum(1)[:, None, None]  # (B, 1, M): the average
     if parts > 0:
         response = (relation @ x.mean(-1, keepdim=True)).squeeze(-1)  # (B, M)
-        if selection not in _SELECTIONS:
-            raise unknown("selection", selection, SELECTIONS)
         chosen = _draw(_SELECTIONS[selection](response) * distinct, parts, generator)  # (B, parts)
         rows = torch.cat([rows, nn.functional.one_hot(chosen, relation.shape[1]).to(rows)], dim=1)
 
@@ -177,11 +179,20 @@ def _relation(x: Tensor, normalization: str, spatial_scale: float, relation_scal
     return _RELATIONS[normalization](x, _softmax(spatial_scale), _softmax(relation_scale))
 
 
-def _distinct_channels(x: Tensor) -> Tensor:
-    """1 for channels whose map is counted, 0 for the repetitions of the flat channels' map: (B, C)."""
-    flat = x.amax(-1) == x.amin(-1)
-    first_flat = flat & (flat.cumsum(1) == 1)
-    return (~flat | first_flat).to(x)
+def _distinct_maps(x: Tensor, normalization: str) -> Tensor:
+    """1 for maps that are counted, 0 for those that an earlier channel has already given: (B, M).
+
+    Only channels without variation over the image repeat a map: those at the same level (after a ReLU: zero), and with
+    N(X) all of them, as it makes them alike.
+    """
+    if normalization == "self_attention":
+        return torch.ones_like(x[:, 0])  # one map per position, all counted
+    level = x.amax(-1)  # (B, C)
+    flat = level == x.amin(-1)
+    if normalization.startswith("spatial"):
+        level = torch.zeros_like(level)
+    same = flat[:, :, None] & flat[:, None, :] & (level[:, :, None] == level[:, None, :])
+    return (~same.tril(-1).any(-1)).to(x)
 
 
 def _draw(weights: Tensor, count: int, generator: torch.Generator | None) -> Tensor:

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import timm
+from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from torch import Tensor, nn
 
@@ -33,19 +34,19 @@ def read_hub_config(path: Path) -> dict:
     return config
 
 
-def starting_cfg(backbone: str, sample_size: int = 224) -> dict:
+def starting_cfg(backbone: str, sample_size: int | tuple[int, int] = 224) -> dict:
     """default_cfg of a TASN that starts from its backbone's own weights in the `timm/` repositories.
 
     Args:
         backbone: timm model, with or without the tag of its weights.
-        sample_size: Pixels of the sampled images; the input is 512 / 224 of it, the paper's ratio.
+        sample_size: Pixels of the sampled images, one number or (H', W'); the input is 512 / 224 of it, as published.
     """
     cfg = backbone_cfg(backbone)
-    input_size = round(sample_size * 512 / 224)
+    sample_size = to_2tuple(sample_size)
     return dict(
         hf_hub_id=cfg.hf_hub_id,
-        input_size=(3, input_size, input_size),
-        min_input_size=(3, sample_size, sample_size),
+        input_size=(3, *(round(side * 512 / 224) for side in sample_size)),
+        min_input_size=(3, *sample_size),
         pool_size=cfg.pool_size,
         crop_pct=1.0,
         interpolation="bicubic",

@@ -56,11 +56,11 @@ def area(polygon: np.ndarray) -> float:
 @pytest.mark.parametrize(
     ("split", "index", "seed", "digest"),
     [
-        ("train", 0, 0, "b044643e90109059"),
-        ("train", 3599, 0, "5b7ed7a5040c43af"),
-        ("validation", 11, 0, "25b005fd3ecc457f"),
-        ("test", 20, 0, "294b0c0387a4ba45"),
-        ("test", 20, 1, "66b4f863714aa4bf"),
+        ("train", 0, 0, "83c826030a4523e9"),
+        ("train", 3599, 0, "f7595d6b64dd1de8"),
+        ("validation", 11, 0, "2b74f7c4cd6d4516"),
+        ("test", 20, 0, "9bfc9d006021ff59"),
+        ("test", 20, 1, "c5819d7abf6f1dc1"),
     ],
 )
 def test_pixels_are_pinned(split, index, seed, digest):

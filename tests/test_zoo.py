@@ -65,7 +65,9 @@ def test_published_sizes():
 
 
 def test_the_generic_entry_takes_any_backbone():
-    model = timm.create_model("tasn", backbone="test_convnext", num_classes=7, sample_size=32, attention_net="tiny").eval()
+    model = timm.create_model(
+        "tasn", backbone="test_convnext", num_classes=7, sample_size=32, attention_net="tiny"
+    ).eval()
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 7)
     assert model.pretrained_cfg["architecture"] == "tasn"
     assert model.pretrained_cfg["mean"] == model.backbone.pretrained_cfg["mean"]

@@ -1,0 +1,234 @@
+"""The training script: from a folder of images to a model that timm loads; what it refuses; two processes."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+
+from tasn_timm.errors import run_command
+
+SCRIPT = Path(__file__).parents[1] / "train_accelerate.py"
+spec = importlib.util.spec_from_file_location("train_accelerate", SCRIPT)
+train_accelerate = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(train_accelerate)
+
+SMALL = """
+model: tasn
+model_kwargs: {backbone: test_resnet, sample_size: 24, attention_net: tiny, relation_scale: 10.0}
+img_size: 32
+crop_padding: 2
+batch_size: 16
+epochs: 2
+lr: 2.0e-3
+warmup_epochs: 0
+workers: 0
+cpu: true
+log_interval: 2
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, image_folder) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL + f"data: {image_folder}\noutput: {tmp_path / 'runs'}\n")
+    return path
+
+
+@pytest.fixture
+def train(monkeypatch, capsys, recipe):
+    """Run the script in this process: exit code, standard output and error."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        monkeypatch.setattr(sys, "argv", ["train_accelerate.py", "--recipe", str(recipe), *arguments])
+        code = run_command(train_accelerate.main)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_a_model_that_timm_loads_and_scores_what_it_says(train, tmp_path, image_folder, no_network):
+    code, out, err = train("--epochs", "3")
+    assert code == 0, err
+    run = tmp_path / "runs" / "small"
+    assert {path.name for path in run.iterdir()} == {"recipe.yaml", "environment.json", "metrics.jsonl", "best", "last"}
+    *epochs, test = lines(run)
+    assert [line["epoch"] for line in epochs] == [1, 2, 3]
+    assert set(epochs[0]["train"]) == {"loss", "structure", "detail", "soft", "attention"}
+    assert all(line["validation"]["images"] == 15 and line["images_per_second"] > 0 for line in epochs)
+    assert test["test"]["images"] == 21
+    assert f"{test['test']['top1']:.1f} %" in out
+
+    # The printed line, and an evaluation that has nothing in common with the script's.
+    scope = {}
+    exec(next(line for line in out.splitlines() if line.startswith("load it:")).removeprefix("load it:").strip(), scope)
+    model = scope["model"]
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    names = model.pretrained_cfg["label_names"]
+    assert names == ["blue", "green", "red"]
+    right = 0
+    for path in sorted((image_folder / "test").glob("*/*.png")):
+        with torch.inference_mode():
+            logits = model(transform(Image.open(path)).unsqueeze(0))
+        right += names[logits.argmax()] == path.parent.name
+    assert test["test"]["top1"] == pytest.approx(100 * right / 21)
+    assert max(line["validation"]["top1"] for line in epochs) > 60, "three colours are easy"
+
+
+def test_the_run_is_documented(train, tmp_path):
+    assert train("--epochs", "1", "--seed", "5")[0] == 0
+    run = tmp_path / "runs" / "small"
+    options = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert (options["seed"], options["temperature"], options["img_size"]) == (5, 10.0, 32), "defaults included"
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["processes"] == 1
+    assert environment["versions"]["timm"] == timm.__version__
+    assert "--seed 5" in environment["command"]
+    assert "accuracy" in (run / "best" / "README.md").read_text()
+
+
+def test_the_same_seed_gives_the_same_weights_and_a_second_run_its_own_folder(train, tmp_path):
+    for seed in ("1", "1", "2"):
+        assert train("--epochs", "1", "--seed", seed)[0] == 0
+    weights = [
+        (tmp_path / "runs" / name / "last" / "model.safetensors").read_bytes()
+        for name in ("small", "small-1", "small-2")
+    ]
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_accumulation_takes_the_same_steps_as_a_large_batch(train, tmp_path):
+    # Without BatchNorm and augmentation the two differ by rounding only.
+    arguments = (
+        "--epochs 1 --model test_vit2 --no-channels-last --hflip 0 --crop-padding 0 --opt sgd --img-size 64".split()
+    )
+    kwargs = ["--model-kwargs", "img_size=64"]
+    for steps in ("1", "4"):
+        code, _, err = train(*arguments, "--grad-accum-steps", steps, *kwargs)
+        assert code == 0, err
+    losses = [lines(tmp_path / "runs" / name)[0]["train"]["loss"] for name in ("small", "small-1")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_without_a_validation_split_the_last_epoch_is_kept(train, tmp_path):
+    assert train("--val-split", "null")[0] == 0
+    run = tmp_path / "runs" / "small"
+    assert [line.get("validation") for line in lines(run)] == [None, None, None]
+    best, last = ((run / name / "model.safetensors").read_bytes() for name in ("best", "last"))
+    assert best == last
+
+
+def test_a_comparison_is_trained_on_the_same_data_and_shown_in_the_table(train, tmp_path):
+    plain = tmp_path / "plain.yaml"
+    plain.write_text("model: test_resnet\nimg_size: 24\ndata: /nowhere\nlr: 2.0e-3\n")
+    code, out, err = train("--epochs", "1", "--compare", str(plain))
+    assert code == 0, err
+    table = [line.split() for line in out.splitlines() if line.endswith("%") and "epoch" not in line]
+    assert [row[1] for row in table] == ["tasn", "test_resnet"]
+    assert all(row[-1] == "%" for row in table)
+    flops = [float(row[-3]) for row in table]
+    assert flops[0] > flops[1] > 0
+
+
+def test_progress_is_a_line_now_and_then_where_nobody_watches(train):
+    _, out, err = train("--epochs", "1", "--log-interval", "1")
+    assert [line for line in err.splitlines() if "batch 1/3" in line]
+    assert "\r" not in err
+    assert "validation top-1" in out
+
+
+def test_training_goes_on_from_a_folder(train, tmp_path):
+    assert train("--epochs", "1")[0] == 0
+    best = tmp_path / "runs" / "small" / "best"
+    code, _, err = train(
+        "--epochs",
+        "1",
+        "--model",
+        f"local-dir:{best}",
+        "--pretrained",
+        "--lr",
+        "0",
+        "--warmup-lr",
+        "0",
+        "--min-lr",
+        "0",
+    )
+    assert code == 0, err
+    (first, _), (second, _) = lines(tmp_path / "runs" / "small"), lines(tmp_path / "runs" / "small-1")
+    assert second["train"]["structure"] < first["train"]["structure"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "resnt50"], "unknown timm model 'resnt50': did you mean 'resnet50'"),
+        (["--model-kwargs", "backbone=resnt50"], "unknown timm model 'resnt50'"),
+        (["--model-kwargs", "no_such=1"], "do not fit tasn"),
+        (["--epoch", "3"], "did you mean '--epochs'"),
+        (["--data", "/no/such/folder"], "data folder '/no/such/folder' does not exist"),
+        (["--num-classes", "200"], "num_classes is 200, but dataset"),
+        (["--train-split", "training"], "only train, validation, test"),
+        (["--batch-size", "1"], "BatchNorm, which needs at least 2: use batch_size 2 or more"),
+        (["--batch-size", "10", "--grad-accum-steps", "4"], "cannot be divided among 1 processes x 4"),
+        (["--batch-size", "1000"], "48 images, fewer than batch_size 1000"),
+        (["--img-size", "20"], "img_size 20 is smaller than the 24 pixels"),
+        (["--model", "local-dir:nowhere"], "there is no model folder 'nowhere'"),
+        (["--opt", "adamm"], "did you mean 'adam'"),
+        (["--sched", "cosin"], "did you mean 'cosine'"),
+    ],
+)
+def test_mistakes_get_one_line_and_exit_code_2_before_anything_is_written(train, tmp_path, arguments, message):
+    code, out, err = train(*arguments)
+    assert code == 2
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert "Traceback" not in err + out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_checkpoint_folder_without_weights_is_named(train, tmp_path):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    code, _, err = train("--model", f"local-dir:{folder}", "--pretrained")
+    assert code == 2 and "empty' has no model.safetensors" in err
+
+
+@pytest.mark.slow
+def test_two_processes_are_two_and_count_every_image_once(recipe, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += [str(SCRIPT), "--recipe", str(recipe), "--workers", "1"]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert "processes: 2 (cpu)" in result.stdout
+    run = tmp_path / "runs" / "small"
+    assert json.loads((run / "environment.json").read_text())["processes"] == 2
+    *epochs, test = lines(run)
+    assert len(epochs) == 2 and result.stdout.count("epoch 1/2") == 1, "one process speaks"
+    assert all(line["validation"]["images"] == 15 for line in epochs) and test["test"]["images"] == 21
+    model = timm.create_model(f"local-dir:{run / 'best'}", pretrained=True)
+    assert model.num_classes == 3
+
+
+@pytest.mark.slow
+def test_a_mistake_ends_a_process_with_2(recipe):
+    command = [sys.executable, str(SCRIPT), "--recipe", str(recipe), "--batch-size", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert "needs at least 2" in result.stderr and "Traceback" not in result.stderr
