@@ -5,6 +5,7 @@ accelerate launch train_accelerate.py --recipe my.yaml --data photos/  # anythin
 python train_accelerate.py --help                                      # every option
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 import tasn_timm
-from tasn_timm.data.loading import create_loader, keyed_seed
+from tasn_timm.data.loading import create_loader, keyed_seed, seed_torch
 from tasn_timm.data.splits import class_names, load_splits, pick_split
 from tasn_timm.data.transforms import Normalize, eval_transform, train_transform
 from tasn_timm.errors import UserError, run_command
@@ -42,12 +43,15 @@ SHARED_OPTIONS = [
 
 
 def main() -> None:
-    name, recipe = parse_args()
+    name, recipe = parse_args(sys.argv[1:])
     accelerator = Accelerator(
         cpu=recipe.cpu,
         mixed_precision=recipe.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=recipe.grad_accum_steps),
     )
+    if accelerator.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # Leave a core to each loading process: threads that wait for one another on shared cores are slower than one.
+        torch.set_num_threads(max(1, torch.get_num_threads() - recipe.workers))
     accelerator.print(f"processes: {accelerator.num_processes} ({accelerator.device.type})")
     runs = [train(name, recipe, accelerator)]
     if recipe.compare:
@@ -115,7 +119,7 @@ def train_one_epoch(
     update = epoch * len(loader) // recipe.grad_accum_steps
     for step, (images, labels) in enumerate(progress.over(loader)):
         # Dropout and the choice of parts depend on nothing but the place in the run.
-        torch.manual_seed(keyed_seed(recipe.seed, "step", epoch, step, accelerator.process_index))
+        seed_torch(keyed_seed(recipe.seed, "step", epoch, step, accelerator.process_index))
         with accelerator.accumulate(parts.model):
             losses = parts.objective(parts.model(parts.normalize(images)), labels)
             accelerator.backward(losses["loss"])

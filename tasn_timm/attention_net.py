@@ -106,10 +106,7 @@ class AttentionNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Compute the features X (B, C, h, w), not negative with the presets, of an image (B, 3, H, W) of any size."""
-        # Antialiased, unlike the published code: 512 to 112 pixels would otherwise skip most of the image's pixels.
-        precise = image.to(torch.promote_types(image.dtype, torch.float32))  # bfloat16 is not implemented on CPU
-        small = F.interpolate(precise, self.input_size, mode="bilinear", align_corners=False, antialias=True)
-        stages = self.trunk(small.to(image.dtype))
+        stages = self.trunk(self._shrink(image))
         if getattr(self.trunk, "output_fmt", None) == "NHWC":  # Swin and others
             stages = [x.movedim(-1, 1) for x in stages]
         return self.tail(self._merge(stages))
@@ -126,6 +123,14 @@ class AttentionNet(nn.Module):
             if num_classes
             else nn.Identity()
         ).train(self.training)
+
+    def _shrink(self, image: Tensor) -> Tensor:
+        # Bilinear reads 2 x 2 pixels, so beyond a factor of 2 it would skip some: antialiased then (the published code
+        # is not), which PyTorch does not implement for bfloat16 on CPU.
+        skips = any(side > 2 * small for side, small in zip(image.shape[-2:], self.input_size))
+        precise = image.to(torch.promote_types(image.dtype, torch.float32)) if skips else image
+        small = F.interpolate(precise, self.input_size, mode="bilinear", align_corners=False, antialias=skips)
+        return small.to(image.dtype)
 
     def _merge(self, stages: list[Tensor]) -> Tensor:
         if not self.reduce:

@@ -131,8 +131,11 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     return Recipe(**options)
 
 
-def parse_args(args: list[str] | None = None) -> tuple[str, Recipe]:
+def parse_args(args: list[str]) -> tuple[str, Recipe]:
     """Parse the command line of train_accelerate.py.
+
+    Args:
+        args: What follows the script's name. Options may be written with "-" or "_".
 
     Returns:
         Name of the recipe and the recipe with the command line's overrides.
@@ -145,22 +148,28 @@ def parse_args(args: list[str] | None = None) -> tuple[str, Recipe]:
     )
     parser.add_argument("--recipe", default="synthbirds", help="recipe name or YAML file (default: synthbirds)")
     for entry in dataclasses.fields(Recipe):
+        default = getattr(Recipe(), entry.name)
+        text = f"{entry.metadata['help']} (default: {'null' if default is None else default})"
+        options = dict(dest=entry.name, default=argparse.SUPPRESS, help=text)
         flag = f"--{entry.name.replace('_', '-')}"
-        names = [flag] if "-" not in flag[2:] else [flag, f"--{entry.name}"]
-        options = dict(dest=entry.name, default=argparse.SUPPRESS, help=entry.metadata["help"].replace("%", "%%"))
         if entry.type is dict:
-            parser.add_argument(*names, nargs="*", action=ParseKwargs, metavar="KEY=VALUE", **options)
+            parser.add_argument(flag, nargs="*", action=ParseKwargs, metavar="KEY=VALUE", **options)
         elif entry.type is bool:
-            parser.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         else:
-            parser.add_argument(*names, type=yaml.safe_load, metavar="VALUE", **options)
-    overrides, rest = parser.parse_known_args(args)
+            parser.add_argument(flag, type=yaml.safe_load, metavar="VALUE", **options)
+    overrides, rest = parser.parse_known_args([_dashed(argument) for argument in args])
     if rest:
         flags = [option for action in parser._actions for option in action.option_strings]
         raise unknown("argument", rest[0], flags)
     overrides = vars(overrides)
     name = overrides.pop("recipe")
     return recipe_name(name), load_recipe(name, overrides)
+
+
+def _dashed(argument: str) -> str:
+    option, equals, value = argument.partition("=")
+    return option.replace("_", "-") + equals + value if option.startswith("--") else argument
 
 
 def recipe_name(name: str) -> str:

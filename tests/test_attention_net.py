@@ -136,10 +136,11 @@ def test_published_features_are_the_trunks_through_both_sets_of_dilated_convolut
     assert features.min() == 0
 
 
-def test_any_image_is_resized_to_the_input_size_first():
+@pytest.mark.parametrize(("height", "width", "antialias"), [(192, 120, False), (300, 120, True), (60, 50, False)])
+def test_any_image_is_resized_to_the_input_size_first_and_no_pixel_skipped(height, width, antialias):
     net = preset("tiny").eval()
-    image = random_image(1, 3, 192, 120)
-    resized = F.interpolate(image, size=(96, 96), mode="bilinear", antialias=True)
+    image = random_image(1, 3, height, width)
+    resized = F.interpolate(image, size=(96, 96), mode="bilinear", antialias=antialias)
     with torch.no_grad():
         torch.testing.assert_close(net(image), net(resized), rtol=1e-5, atol=1e-5)
 
