@@ -56,11 +56,11 @@ def area(polygon: np.ndarray) -> float:
 @pytest.mark.parametrize(
     ("split", "index", "seed", "digest"),
     [
-        ("train", 0, 0, "83c826030a4523e9"),
-        ("train", 3599, 0, "f7595d6b64dd1de8"),
-        ("validation", 11, 0, "2b74f7c4cd6d4516"),
-        ("test", 20, 0, "9bfc9d006021ff59"),
-        ("test", 20, 1, "c5819d7abf6f1dc1"),
+        ("train", 0, 0, "b54f2a193cc0ee48"),
+        ("train", 3599, 0, "072fbd74e8b85459"),
+        ("validation", 11, 0, "4c37ddc50b21f3b4"),
+        ("test", 20, 0, "9392e0888131383d"),
+        ("test", 20, 1, "14cd914b250661fb"),
     ],
 )
 def test_pixels_are_pinned(split, index, seed, digest):

@@ -35,7 +35,7 @@ from ..errors import UserError, unknown
 if TYPE_CHECKING:
     import datasets
 
-VERSION = 3  # raise it whenever a pixel changes: cached datasets are then generated again
+VERSION = 4  # raise it whenever a pixel changes: cached datasets are then generated again
 SIZE = 192  # pixels, height and width
 SPLITS = {"train": 3600, "validation": 600, "test": 960}
 SPLIT_NUMBERS = {"train": 1, "test": 2, "validation": 3}
@@ -87,17 +87,19 @@ WING = _smooth((62, 44), (66, 54), (58, 66), (42, 73), (24, 80), (17, 82), (28, 
 TAIL = np.array([(38, 64), (40, 75), (24, 84), (6, 95), (1, 88), (18, 76)])
 FEATHERS = [((50, 57), (25, 78)), ((56, 61), (33, 75)), ((45, 53), (24, 74))]
 LEGS = [(52, 72), (60, 72)]
-BOX = np.array([(0, 19), (93, 19), (93, 96), (0, 96)])
+BOX = np.array([(0, 19), (95, 19), (95, 96), (0, 96)])
 CIRCLE = np.array([(math.cos(a), math.sin(a)) for a in np.arange(24) * (math.pi / 12)])
 
+# Beak and eye are as large as they must be for a plain network to learn them from 96 x 96 pixels in 20 epochs, chosen by
+# its accuracy on the validation split.
 BEAKS = [
-    np.array([(78, 27), (93, 34.5), (79, 40.5)]),
-    _smooth((78, 28), (86, 27.5), (91.5, 32.5), (91, 41), (87.5, 36.5), (80, 39)),
+    np.array([(78, 26), (95, 34.5), (79, 41.5)]),
+    _smooth((78, 27), (87, 26.5), (93.5, 32), (93, 43.5), (89, 37), (80, 40)),
 ]
-GAPES = [((79.5, 34), (89.5, 34.4)), ((79.5, 34), (88, 34.5))]
+GAPES = [((79.5, 34), (91, 34.4)), ((79.5, 34), (89, 34.5))]
 EYE = np.array((71.5, 30.5))
-EYE_RING = 5.2  # radius
-EYE_STRIPE = ((-10, 2.8), (7.5, -1.3), 3.6)  # from and to, relative to the eye, and width
+EYE_RING = 5.5  # radius
+EYE_STRIPE = ((-10.5, 3.0), (8, -1.4), 3.9)  # from and to, relative to the eye, and width
 WING_BARS = [[((49, 48), (59, 63), 4.2)], [((52.5, 46.5), (62, 60), 2.1), ((45, 50), (55, 65), 2.1)]]
 WING_AXIS = np.array((-0.78, 0.62))
 TAIL_STREAKS = [((5, 87), (14, 81)), ((8.4, 91.8), (17.4, 85.8))]
