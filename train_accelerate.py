@@ -5,7 +5,7 @@ accelerate launch train_accelerate.py --recipe my.yaml --data photos/  # anythin
 python train_accelerate.py --help                                      # every option
 """
 
-import os
+import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +37,7 @@ from tasn_timm.training.run import Run, comparison_table
 # What a comparison takes over from the first recipe, so that only the model and its input differ.
 SHARED_OPTIONS = [
     *("data", "train_split", "val_split", "test_split", "num_classes"),
-    *("epochs", "batch_size", "grad_accum_steps", "seed", "mixed_precision"),
+    *("epochs", "warmup_epochs", "batch_size", "grad_accum_steps", "seed", "mixed_precision"),
     *("workers", "cpu", "log_interval", "output"),
 ]
 
@@ -49,14 +49,14 @@ def main() -> None:
         mixed_precision=recipe.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=recipe.grad_accum_steps),
     )
-    if accelerator.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        # Leave a core to each loading process: threads that wait for one another on shared cores are slower than one.
-        torch.set_num_threads(max(1, torch.get_num_threads() - recipe.workers))
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("mixed_precision fp16 has no effect on a CPU: use bf16 or no.")
     accelerator.print(f"processes: {accelerator.num_processes} ({accelerator.device.type})")
-    runs = [train(name, recipe, accelerator)]
+    recipes = {name: recipe}
     if recipe.compare:
         shared = {option: getattr(recipe, option) for option in SHARED_OPTIONS}
-        runs.append(train(recipe_name(recipe.compare), load_recipe(recipe.compare, shared), accelerator))
+        recipes[recipe_name(recipe.compare)] = load_recipe(recipe.compare, shared)
+    runs = [train(name, recipe, accelerator) for name, recipe in recipes.items()]
     accelerator.print(comparison_table(runs))
     accelerator.print(runs[0].how_to_load())
     accelerator.end_training()
@@ -74,7 +74,7 @@ def train(name: str, recipe: Recipe, accelerator: Accelerator) -> Run:
     data_config = resolve_model_data_config(model) | dict(
         input_size=(3, recipe.img_size, recipe.img_size),
         interpolation="bicubic",
-        crop_pct=recipe.img_size / (recipe.resize or recipe.img_size),
+        crop_pct=crop_share(recipe.img_size, recipe.resize or recipe.img_size),
     )
     parts = build_parts(recipe, model, loaders["train"], data_config)
     run = Run(name, recipe, accelerator, model, names, data_config)
@@ -143,12 +143,22 @@ def build_model(recipe: Recipe, classes: int) -> nn.Module:
         )
     if recipe.model.startswith("local-dir:"):
         check_folder(Path(recipe.model.removeprefix("local-dir:")))
+        if not recipe.pretrained:
+            raise UserError(
+                f"model {recipe.model} without pretrained would start from random weights: add --pretrained."
+            )
     elif not recipe.model.startswith("hf-hub:"):
         tasn_timm.backbone_cfg(recipe.model)  # fails with the names that come close
     try:
         model = timm.create_model(recipe.model, recipe.pretrained, num_classes=classes, **recipe.model_kwargs)
-    except TypeError as error:  # timm's way to refuse an argument
+    except UserError:
+        raise
+    except (TypeError, ValueError, AssertionError) as error:  # timm's ways to refuse an argument
         raise UserError(f"model_kwargs {recipe.model_kwargs} do not fit {recipe.model}: {error}.") from error
+    except (RuntimeError, OSError) as error:  # no such weights, or no way to get them
+        raise UserError(f"model {recipe.model} cannot be made: {' '.join(str(error).split())}") from error
+    if model.in_chans != 3:
+        raise UserError(f"model_kwargs in_chans={model.in_chans}: pictures have 3 channels here; leave it out.")
     smallest = max(getattr(model, "sample_size", (0,)))
     if recipe.img_size < smallest:
         raise UserError(
@@ -156,6 +166,12 @@ def build_model(recipe: Recipe, classes: int) -> nn.Module:
             f"use img_size {smallest} or more, or a smaller sample_size in model_kwargs."
         )
     return model.to(memory_format=torch.channels_last) if recipe.channels_last else model
+
+
+def crop_share(img_size: int, resize: int) -> float:
+    """timm's crop_pct for a crop of img_size from a short side of resize; timm rounds img_size / crop_pct down."""
+    share = img_size / resize
+    return share if math.floor(img_size / share) == resize else math.nextafter(share, 0)
 
 
 def build_loaders(recipe: Recipe, splits: dict, batch_size: int) -> dict[str, DataLoader]:
@@ -181,9 +197,11 @@ def build_loaders(recipe: Recipe, splits: dict, batch_size: int) -> dict[str, Da
 
 def build_parts(recipe: Recipe, model: nn.Module, loader: DataLoader, data_config: dict) -> Parts:
     """Objective, optimizer and scheduler of a model."""
-    optimizer = create_optimizer_v2(
-        model, recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum, **recipe.opt_kwargs
-    )
+    arguments = dict(lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum)
+    try:
+        optimizer = create_optimizer_v2(model, recipe.opt, **arguments, **recipe.opt_kwargs)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"opt {recipe.opt} does not take opt_kwargs {recipe.opt_kwargs}: {error}.") from error
     scheduler, _ = create_scheduler_v2(
         optimizer,
         recipe.sched,

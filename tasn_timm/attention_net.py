@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import timm
 import torch
-from timm.layers import SeparableConvNormAct
+from timm.layers import SeparableConvNormAct, register_notrace_function
 from timm.models import PretrainedCfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from timm.models._registry import get_arch_pretrained_cfgs, split_model_name_tag
 from timm.models.byobnet import BasicBlock, ByoBlockCfg, ByobNet, ByoModelCfg, register_block
@@ -106,7 +106,7 @@ class AttentionNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Compute the features X (B, C, h, w), not negative with the presets, of an image (B, 3, H, W) of any size."""
-        stages = self.trunk(self._shrink(image))
+        stages = self.trunk(resize_image(image, self.input_size))
         if getattr(self.trunk, "output_fmt", None) == "NHWC":  # Swin and others
             stages = [x.movedim(-1, 1) for x in stages]
         return self.tail(self._merge(stages))
@@ -124,20 +124,25 @@ class AttentionNet(nn.Module):
             else nn.Identity()
         ).train(self.training)
 
-    def _shrink(self, image: Tensor) -> Tensor:
-        # Bilinear reads 2 x 2 pixels, so beyond a factor of 2 it would skip some: antialiased then (the published code
-        # is not), which PyTorch does not implement for bfloat16 on CPU.
-        skips = any(side > 2 * small for side, small in zip(image.shape[-2:], self.input_size))
-        precise = image.to(torch.promote_types(image.dtype, torch.float32)) if skips else image
-        small = F.interpolate(precise, self.input_size, mode="bilinear", align_corners=False, antialias=skips)
-        return small.to(image.dtype)
-
     def _merge(self, stages: list[Tensor]) -> Tensor:
         if not self.reduce:
             return stages[0]
         grid = max((x.shape[-2:] for x in stages), key=lambda size: size[0] * size[1])
         reduced = [F.interpolate(conv(x), size=grid, mode="nearest") for conv, x in zip(self.reduce, stages)]
         return torch.stack(reduced).sum(0).relu()
+
+
+@register_notrace_function
+def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize images (B, 3, H, W) bilinearly to (B, 3, *size), without skipping pixels.
+
+    Bilinear reads 2 x 2 pixels, so beyond a factor of 2 it would skip some: antialiased then (the published code is
+    not).
+    """
+    skips = image.shape[-2] > 2 * size[0] or image.shape[-1] > 2 * size[1]
+    # PyTorch does not implement antialiasing for bfloat16 on CPU.
+    precise = image.to(torch.promote_types(image.dtype, torch.float32)) if skips else image
+    return F.interpolate(precise, size, mode="bilinear", align_corners=False, antialias=skips).to(image.dtype)
 
 
 class MultiRateConv(nn.Module):
@@ -207,8 +212,10 @@ def stem_convolutions(model: nn.Module) -> list[str]:
     """Names of the convolutions of a timm model, or of its features, that see the image."""
     names = model.pretrained_cfg.get("first_conv") or ()
     modules = dict(model.named_modules())
-    flattened = ((name, name.replace(".", "_", 1)) for name in ([names] if isinstance(names, str) else names))
-    return [name for pair in flattened for name in dict.fromkeys(pair) if name in modules]
+    names = [names] if isinstance(names, str) else names
+    # timm's feature extractors flatten the first level of names, or put the model into an attribute "model".
+    candidates = ((name, name.replace(".", "_", 1), f"model.{name}") for name in names)
+    return [name for spellings in candidates for name in dict.fromkeys(spellings) if name in modules]
 
 
 def _remove_stride(trunk: nn.Module, backbone: str, stage: int) -> None:

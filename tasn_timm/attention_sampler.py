@@ -181,7 +181,7 @@ def inverse_distribution(density: Tensor, count: int) -> Tensor:
     right = right / right[:, -1:]  # F at the right edge of each cell, the last exactly 1
     left = F.pad(right[:, :-1], (1, 0))
     target = (torch.arange(count, device=density.device, dtype=density.dtype) + 0.5) / count
-    target = target.expand(len(density), -1).contiguous()
+    target = target.expand(density.shape[0], -1).contiguous()
     cell = torch.searchsorted(right, target, right=True).clamp(max=cells - 1)  # the first one that ends beyond
     start, end = left.gather(1, cell), right.gather(1, cell)
     inside = ((target - start) / (end - start).clamp(min=torch.finfo(density.dtype).tiny)).clamp(0, 1)

@@ -85,6 +85,8 @@ class TASNLoss(nn.Module):
             Scalars: "loss" and its parts before weighting, "structure", "detail", "soft" and "attention".
         """
         m = self.master_weight
+        if m < 1 and output.master is output.logits:
+            raise UserError("this model has one pair of classifiers: pass its kind, TASNLoss(heads=model.heads.heads).")
         teacher = output.part.detach() if self.detach_teacher else output.part
         structure = (1 - m) * self._classify(output.logits, target) + m * self._classify(output.master, target)
         detail = (1 - m) * self._classify(output.shared_part, target) + m * self._classify(output.part, target)

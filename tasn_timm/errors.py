@@ -29,14 +29,13 @@ def unknown(what: str, got: object, allowed: Iterable[str]) -> UserError:
 
 
 def run_command(main: Callable[[], None]) -> int:
-    """Run a command and return its exit code: 0, or 2 after printing a `UserError` as one line.
-
-    With several processes only the first one prints.
-    """
+    """Run a command and return its exit code: 0, or 2 after printing a `UserError` as one line."""
     try:
         main()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f"process {rank}: "  # an unreadable image, say, is met by one process only
+        # A DataLoader's worker hands its error over with its traceback, the message last.
+        print(f"{where}error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
         return 2
     return 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from timm.models import save_for_hf
 from torch import nn
 
@@ -44,7 +44,7 @@ def save_folder(
 ) -> None:
     """Write a model as `timm.create_model("local-dir:FOLDER", pretrained=True)` and the Hub take it.
 
-    The folder appears, or takes the place of an older one, only when it is complete.
+    The folder appears, or takes the place of an older model, only when it is complete.
 
     Args:
         model: A timm model, not wrapped.
@@ -53,6 +53,8 @@ def save_folder(
         data_config: timm's input_size, mean, std, interpolation and crop_pct of the pictures it was trained on.
         measured: For README.md, the card; None for a folder without one.
     """
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise UserError(f"{str(folder)!r} exists and is not a model folder: choose another one.")
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     # safetensors takes contiguous tensors only, and training may have made them channels_last.
@@ -67,8 +69,13 @@ def save_folder(
     _drop_num_classes(aside / "config.json")
     if measured is not None:
         _write_card(plain, aside, folder, measured)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    if folder.exists():
+        old = aside.with_name(f"{aside.name}.old")
+        folder.rename(old)
+        aside.rename(folder)
+        shutil.rmtree(old)
+    else:
+        aside.rename(folder)
 
 
 def check_folder(folder: Path) -> None:
@@ -96,7 +103,6 @@ def _write_card(model: nn.Module, aside: Path, folder: Path, measured: Measured)
     data = ModelCardData(
         model_name=folder.resolve().parent.name,
         library_name="timm",
-        license="mit",
         tags=["image-classification", "timm", "tasn", "fine-grained"],
         eval_results=[
             EvalResult(
@@ -119,8 +125,7 @@ def _write_card(model: nn.Module, aside: Path, folder: Path, measured: Measured)
 
 # {data.model_name}
 
-`{model.pretrained_cfg["architecture"]}`, {model.num_classes} classes, trained with
-[tasn_timm](https://pypi.org/project/tasn-timm/) on `{measured.dataset}`.
+`{model.pretrained_cfg["architecture"]}`, {model.num_classes} classes, trained with tasn_timm on `{measured.dataset}`.
 
 | split | images | accuracy | parameters | GFLOPs an image |
 |---|---|---|---|---|
@@ -155,4 +160,3 @@ Zheng, Fu, Zha, Luo: Looking for the Devil in the Details: Learning Trilinear At
 Fine-grained Image Recognition. CVPR 2019.
 """
     (aside / "README.md").write_text(text)
-    ModelCard.load(aside / "README.md")

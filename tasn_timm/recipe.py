@@ -2,8 +2,10 @@
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -62,7 +64,9 @@ class Recipe:
     batch_size: int = _option(32, "images per optimizer step, over all processes and accumulation steps")
     grad_accum_steps: int = _option(1, "forward and backward passes per optimizer step")
     opt: str = _option("adamw", "timm optimizer")
-    lr: float = _option(4e-3, "peak learning rate, for the batch size as given")
+    lr: float = _option(
+        4e-3, "learning rate, for the batch size as given; the schedule begins at epoch 0, also under the warm-up"
+    )
     weight_decay: float = _option(0.05, "weight decay, not on biases and norms")
     momentum: float = _option(0.9, "momentum, for optimizers that have it")
     opt_kwargs: dict = _option({}, "more arguments of the optimizer")
@@ -82,7 +86,7 @@ class Recipe:
     channels_last: bool = _option(True, "memory layout of the convolutions")
     workers: int = _option(2, "processes that load images, per training process")
     cpu: bool = _option(False, "train on CPU even where there is a GPU")
-    log_interval: int = _option(50, "optimizer steps between log lines where there is no terminal for a progress bar")
+    log_interval: int = _option(50, "batches between log lines where there is no terminal for a progress bar")
     output: str = _option("runs", "folder in which the run gets a folder of its own")
     compare: str | None = _option(None, "recipe of a second model, trained afterwards for the final table")
 
@@ -92,6 +96,19 @@ class Recipe:
         for name in ("epochs", "batch_size", "grad_accum_steps", "img_size", "log_interval"):
             if getattr(self, name) < 1:
                 raise UserError(f"recipe: {name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("workers", "lr", "warmup_lr", "min_lr", "weight_decay", "color_jitter", "degrees", "crop_padding"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"recipe: {name} must be 0 or more, got {getattr(self, name)}.")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise UserError(
+                f"recipe: warmup_epochs must be less than epochs ({self.epochs}), got {self.warmup_epochs}: lower it; "
+                f"0 is no warm-up."
+            )
+        if (self.sched == "multistep") != bool(self.decay_milestones):
+            raise UserError(
+                f"recipe: decay_milestones are for sched multistep, and it needs them; got sched {self.sched} and "
+                f"{self.decay_milestones}."
+            )
         for name in ("hflip", "smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"recipe: {name} must be between 0 and 1, got {getattr(self, name)}.")
@@ -119,16 +136,27 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
             raise unknown("recipe", name, (p.stem for p in RECIPES.glob("*.yaml")))
     elif not path.exists():
         raise UserError(f"there is no recipe file {name!r}; give a path to a YAML file or the name of a recipe.")
-    options = yaml.safe_load(path.read_text()) or {}
-    if "model" in (overrides or {}):
+    options = _read_yaml(path)
+    overrides = overrides or {}
+    if overrides.get("model", options.get("model")) != options.get("model"):
         options.pop("model_kwargs", None)
-    for key, value in (overrides or {}).items():
-        options[key] = {**options.get(key, {}), **value} if isinstance(value, dict) else value
+    for key, value in overrides.items():
+        options[key] = {**(options.get(key) or {}), **value} if isinstance(value, dict) else value
     known = [entry.name for entry in dataclasses.fields(Recipe)]
     for key in options:
         if key not in known:
             raise unknown(f"option in recipe {name!r}:", key, known)
     return Recipe(**options)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        options = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {str(path)!r} cannot be read: {' '.join(str(error).split())}.") from error
+    if not isinstance(options, dict):
+        raise UserError(f"recipe {str(path)!r} must have lines such as 'epochs: 20', got {options!r}.")
+    return options
 
 
 def parse_args(args: list[str]) -> tuple[str, Recipe]:
@@ -157,14 +185,33 @@ def parse_args(args: list[str]) -> tuple[str, Recipe]:
         elif entry.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         else:
-            parser.add_argument(flag, type=yaml.safe_load, metavar="VALUE", **options)
-    overrides, rest = parser.parse_known_args([_dashed(argument) for argument in args])
+            parser.add_argument(flag, type=_text_or_yaml(entry), metavar="VALUE", **options)
+    try:
+        overrides, rest = parser.parse_known_args([_dashed(argument) for argument in args])
+    except ValueError as error:  # ParseKwargs splits at "=" and evaluates
+        raise UserError(
+            f"KEY=VALUE arguments cannot be read: {error}. Write them as sample_size=336 heads=shared."
+        ) from None
     if rest:
         flags = [option for action in parser._actions for option in action.option_strings]
         raise unknown("argument", rest[0], flags)
     overrides = vars(overrides)
     name = overrides.pop("recipe")
     return recipe_name(name), load_recipe(name, overrides)
+
+
+def _text_or_yaml(entry: dataclasses.Field) -> Callable[[str], Any]:
+    """How the command line's text for an option is read: as it stands where text is meant, else as YAML."""
+
+    def read(text: str) -> Any:
+        if entry.type is str or (entry.type == str | None and text != "null"):
+            return text
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"{entry.name} cannot be read from {text!r}: write it as in a recipe.") from None
+
+    return read
 
 
 def _dashed(argument: str) -> str:

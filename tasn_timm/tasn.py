@@ -147,7 +147,9 @@ class TASN(nn.Module):
 
         detail = self.detail_sampler(image, detail_maps[:, 0])  # I_d: (B, 3, H', W')
         pooled = self.backbone(torch.cat([structure, detail]))  # one batch: shared weights and BatchNorm statistics
-        output = TASNOutput(*self.heads.forward_pair(*pooled.chunk(2)), self.attention_net.classify(features))
+        pooled_structure, pooled_detail = pooled.chunk(2)
+        logits = self.heads.forward_pair(pooled_structure, pooled_detail)
+        output = TASNOutput(*logits, self.attention_net.classify(features))
         return output if self.distilled_training else self._mean_logits(output)
 
     def sample(self, image: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import timm
 from timm.layers import to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from torch import Tensor, nn
 
 from .attention_net import PRESETS, backbone_cfg
@@ -24,13 +24,19 @@ HUB_CONFIGS = next(
 
 
 def read_hub_config(path: Path) -> dict:
-    """Read "<architecture>.<tag>.json": timm's config.json and a "tasn" block."""
+    """Read "<architecture>.<tag>.json": timm's config.json and a "tasn" block.
+
+    Weights that ship with the package lie beside it as "<architecture>.<tag>.safetensors".
+    """
     config = json.loads(path.read_text())
     architecture, tag = path.stem.split(".", 1)
     assert config["architecture"] == architecture, f"{path.name} describes {config['architecture']}"
     config["pretrained_cfg"] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in config["pretrained_cfg"].items()
     } | dict(architecture=architecture, tag=tag, num_classes=config["num_classes"])
+    weights = path.with_suffix(".safetensors")
+    if weights.is_file():
+        config["pretrained_cfg"]["file"] = str(weights)
     return config
 
 
@@ -44,7 +50,7 @@ def starting_cfg(backbone: str, sample_size: int | tuple[int, int] = 224) -> dic
     cfg = backbone_cfg(backbone)
     sample_size = to_2tuple(sample_size)
     return dict(
-        hf_hub_id=cfg.hf_hub_id,
+        **dict(hf_hub_id=cfg.hf_hub_id) if cfg.hf_hub_id else dict(url=cfg.url),
         input_size=(3, *(round(side * 512 / 224) for side in sample_size)),
         min_input_size=(3, *sample_size),
         pool_size=cfg.pool_size,
@@ -116,8 +122,14 @@ def _pretrained_state(part: nn.Module, weights: dict[str, Tensor] | None, cache_
 @register_model
 def tasn(pretrained: bool = False, backbone: str = "resnet50", **kwargs) -> TASN:
     """TASN on any timm backbone: `timm.create_model("tasn", backbone="convnext_tiny", num_classes=200)`."""
-    if not isinstance(kwargs.get("pretrained_cfg"), dict):
-        kwargs["pretrained_cfg"] = dict(architecture="tasn", **starting_cfg(backbone, kwargs.get("sample_size", 224)))
+    cfg = kwargs.pop("pretrained_cfg", None)
+    if isinstance(cfg, str):
+        raise UserError(f"tasn has no tag {cfg!r}: give the backbone's, as in backbone='resnet50.a1_in1k'.")
+    if isinstance(cfg, PretrainedCfg):
+        cfg = cfg.to_dict()
+    kwargs["pretrained_cfg"] = cfg or dict(
+        architecture="tasn", **starting_cfg(backbone, kwargs.get("sample_size", 224))
+    )
     return _create_tasn("tasn", pretrained, backbone, **kwargs)
 
 

@@ -208,6 +208,12 @@ def test_unknown_heads_are_told_with_a_suggestion():
         TASNLoss(heads="seperate")
 
 
+def test_a_loss_for_both_heads_refuses_a_model_with_one_pair():
+    student, teacher = torch.zeros(1, 2), torch.zeros(1, 2)
+    with pytest.raises(ValueError, match="one pair of classifiers"):
+        TASNLoss()(TASNOutput(student, student, teacher, teacher, torch.zeros(1, 2)), torch.tensor([0]))
+
+
 def test_low_precision_logits_are_raised_to_float32():
     student, teacher = torch.randn(4, 200).bfloat16(), torch.randn(4, 200).bfloat16()
     loss = soft_target_cross_entropy(student, teacher)

@@ -77,6 +77,25 @@ def test_bad_options_are_refused_in_one_line(tmp_path, options, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("text", ["[1, 2]", "hello", "a:\tb: [", ""])
+def test_files_that_are_no_recipe_are_refused(tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"mine.yaml' (cannot be read|must have lines)") as error:
+        load_recipe(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_only_another_model_drops_the_files_model_kwargs():
+    assert load_recipe("synthbirds_plain", dict(model="resnet10t")).model_kwargs["stem_width"] == 12
+    assert load_recipe("synthbirds_plain", dict(model="resnet18")).model_kwargs == {}
+
+
+def test_names_on_the_command_line_are_text():
+    _, recipe = parse_args(["--data", "2024", "--train-split", "no", "--val-split", "null"])
+    assert (recipe.data, recipe.train_split, recipe.val_split) == ("2024", "no", None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +15,11 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
+from safetensors.torch import load_file
 
 from tasn_timm.errors import run_command
+from tasn_timm.recipe import Recipe
+from tasn_timm.training.objective import create_objective
 
 SCRIPT = Path(__file__).parents[1] / "train_accelerate.py"
 spec = importlib.util.spec_from_file_location("train_accelerate", SCRIPT)
@@ -158,7 +163,7 @@ def test_progress_is_a_line_now_and_then_where_nobody_watches(train):
 def test_progress_is_a_bar_where_somebody_watches(train, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     _, _, err = train("--epochs", "1")
-    assert "small epoch 1/1: 100%" in err and "3/3" in err and "batch 1/3" not in err
+    assert "small epoch 1/1:   0%|" in err and "batch 1/3" not in err
 
 
 def test_training_goes_on_from_a_folder(train, tmp_path):
@@ -198,6 +203,17 @@ def test_training_goes_on_from_a_folder(train, tmp_path):
         (["--img-size", "20"], "img_size 20 is smaller than the 24 pixels"),
         (["--model", "local-dir:nowhere"], "there is no model folder 'nowhere'"),
         (["--opt", "adamm"], "did you mean 'adam'"),
+        (["--opt-kwargs", "foo=1"], "opt adamw does not take opt_kwargs {'foo': 1}"),
+        (["--model-kwargs", "foo"], "KEY=VALUE arguments cannot be read"),
+        (["--model-kwargs", "in_chans=1"], "pictures have 3 channels"),
+        (["--model", "tasn_tiny", "--pretrained", "--model-kwargs", "attention_net=tny"], "did you mean 'tiny'"),
+        (["--compare", "nowhere"], "unknown recipe 'nowhere'"),
+        (["--lr", "-1"], "lr must be 0 or more"),
+        (["--workers", "-1"], "workers must be 0 or more"),
+        (["--warmup-epochs", "2"], "warmup_epochs must be less than epochs (2), got 2.0"),
+        (["--decay-milestones", "[1]"], "decay_milestones are for sched multistep"),
+        (["--mixed-precision", "fp16"], "fp16 has no effect on a CPU"),
+        (["--data", "my: photos"], "unknown dataset 'my: photos'"),
         (["--sched", "cosin"], "did you mean 'cosine'"),
     ],
 )
@@ -216,6 +232,77 @@ def test_a_checkpoint_folder_without_weights_is_named(train, tmp_path):
     (folder / "config.json").write_text("{}")
     code, _, err = train("--model", f"local-dir:{folder}", "--pretrained")
     assert code == 2 and "empty' has no model.safetensors" in err
+
+
+def test_a_model_folder_without_pretrained_is_refused(train, tmp_path):
+    assert train("--epochs", "1")[0] == 0
+    code, _, err = train("--model", f"local-dir:{tmp_path / 'runs' / 'small' / 'best'}")
+    assert code == 2 and "add --pretrained" in err
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_nothing(train, tmp_path):
+    code, _, err = train("--opt", "sgd", "--lr", "1e30", "--epochs", "3")
+    assert code == 2 and "the loss is not finite in epoch" in err
+    run = tmp_path / "runs" / "small"
+    assert "NaN" not in (run / "metrics.jsonl").read_text() if (run / "metrics.jsonl").exists() else True
+    for folder in run.glob("*/model.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(folder).values())
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_unreadable_image_is_named_in_one_line(train, image_folder, tmp_path, workers):
+    copy = tmp_path / "spoiled"
+    shutil.copytree(image_folder, copy)
+    (copy / "train" / "red" / "3.png").write_bytes(b"no image")
+    code, _, err = train("--data", str(copy), "--workers", workers, "--epochs", "1")
+    (line,) = [line for line in err.splitlines() if "error: " in line]
+    assert code == 2 and "cannot be read" in line and "3.png" in line and "Traceback" not in err
+
+
+def test_the_output_folder_must_be_usable(train, tmp_path):
+    (tmp_path / "file").touch()
+    code, _, err = train("--output", str(tmp_path / "file"))
+    assert code == 2 and "cannot be used" in err
+
+
+def test_the_learning_rate_follows_timms_schedule_update_by_update(train, tmp_path):
+    assert train("--epochs", "4", "--lr", "1e-3", "--min-lr", "1e-4")[0] == 0
+    updates = 3  # 48 images, 16 a step
+    expected = [1e-4 + (1e-3 - 1e-4) * (1 + math.cos(math.pi * e * updates / (4 * updates))) / 2 for e in range(1, 5)]
+    assert [line["lr"] for line in lines(tmp_path / "runs" / "small")[:-1]] == pytest.approx(expected)
+
+
+def test_the_first_best_epoch_is_kept_and_tested(train, tmp_path, monkeypatch):
+    scores = iter([50.0, 80.0, 80.0, 60.0, 70.0])
+    weights = []
+
+    def fake(accelerator, model, loader, normalize):
+        weights.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return dict(top1=next(scores), images=1)
+
+    monkeypatch.setattr(train_accelerate, "evaluate", fake)
+    assert train("--epochs", "4")[0] == 0
+    best = load_file(tmp_path / "runs" / "small" / "best" / "model.safetensors")
+    for name, tensor in best.items():
+        assert torch.equal(tensor, weights[1][name]) and torch.equal(tensor, weights[4][name]), name
+    assert any(not torch.equal(best[name], weights[2][name]) for name in best)
+
+
+def test_the_objective_is_what_the_recipe_says():
+    options = dict(temperature=3.0, soft_weight=5.0, part_weight=0.25, attention_weight=0.5, smoothing=0.1)
+    recipe = Recipe(detach_teacher=False, **options)
+    objective = create_objective(timm.create_model("tasn_tiny", heads="separate"), recipe)
+    assert {name: getattr(objective, name) for name in options} == options
+    assert (objective.detach_teacher, objective.master_weight) == (False, 1.0)
+    plain = create_objective(timm.create_model("test_resnet", num_classes=3), recipe)
+    logits, target = torch.randn(2, 3), torch.tensor([0, 2])
+    expected = torch.nn.functional.cross_entropy(logits, target, label_smoothing=0.1)
+    torch.testing.assert_close(plain(logits, target)["loss"], expected)
+
+
+@pytest.mark.parametrize("resize", range(192, 400))
+def test_timm_resizes_to_the_short_side_of_the_recipe(resize):
+    assert math.floor(192 / train_accelerate.crop_share(192, resize)) == resize
 
 
 @pytest.mark.slow

@@ -73,6 +73,23 @@ def test_the_generic_entry_takes_any_backbone():
     assert model.pretrained_cfg["mean"] == model.backbone.pretrained_cfg["mean"]
 
 
+def test_the_generic_entry_refuses_tags_and_takes_a_cfg():
+    with pytest.raises(ValueError, match="tasn has no tag 'nonsense'"):
+        timm.create_model("tasn.nonsense", **GENERIC)
+    cfg = timm.models.PretrainedCfg(mean=(0.1, 0.2, 0.3), num_classes=7)
+    assert timm.create_model("tasn", pretrained_cfg=cfg, **GENERIC).pretrained_cfg["mean"] == (0.1, 0.2, 0.3)
+
+
+def test_a_vit_as_attention_net_is_adapted_to_other_channels(tmp_path):
+    arguments = GENERIC | dict(attention_backbone="test_vit", attention_args=dict(out_indices=(1,), channels=None))
+    source = timm.create_model("tasn", **arguments)
+    assert source._traits["first_conv"] == ("attention_net.trunk.model.patch_embed.proj", "backbone.conv1.0")
+    overlay = dict(state_dict=source.state_dict(), num_classes=7)
+    model = timm.create_model("tasn", pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1, **arguments)
+    expected = source.backbone.conv1[0].weight.sum(1, keepdim=True)
+    torch.testing.assert_close(model.backbone.conv1[0].weight, expected)
+
+
 def test_a_named_model_has_its_own_backbone():
     with pytest.raises(TypeError, match="backbone"):
         timm.create_model("tasn_resnet18", backbone="resnet50")

@@ -55,7 +55,7 @@ def pick_split(splits: datasets.DatasetDict, split: str, option: str, data: str)
     classes = len(class_names(splits))
     if len(labels) == 0:
         raise UserError(f"split {split!r} of dataset {data!r} is empty: set {option} to another split.")
-    if labels.min() < 0 or labels.max() >= classes:
+    if not (labels.min() >= 0 and labels.max() < classes):  # also where a label is missing: NaN
         raise UserError(
             f"split {split!r} of dataset {data!r} has labels from {labels.min()} to {labels.max()}, but names for "
             f"{classes} classes: labels must lie between 0 and {classes - 1}."

@@ -90,8 +90,8 @@ LEGS = [(52, 72), (60, 72)]
 BOX = np.array([(0, 19), (95, 19), (95, 96), (0, 96)])
 CIRCLE = np.array([(math.cos(a), math.sin(a)) for a in np.arange(24) * (math.pi / 12)])
 
-# Beak and eye are as large as they must be for a plain network to learn them from 96 x 96 pixels in 20 epochs, chosen by
-# its accuracy on the validation split.
+# Beak and eye are as large as they must be for a plain network to learn them from 96 x 96 pixels in 20 epochs, chosen
+# by its accuracy on the validation split.
 BEAKS = [
     np.array([(78, 26), (95, 34.5), (79, 41.5)]),
     _smooth((78, 27), (87, 26.5), (93.5, 32), (93, 43.5), (89, 37), (80, 40)),

@@ -1,6 +1,7 @@
 """The folder of a run: what was asked for, what happened, and the models."""
 
 import json
+import math
 import platform
 import shlex
 import sys
@@ -10,9 +11,9 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
-from timm.utils import get_outdir
 from torch import nn
 
+from ..errors import UserError
 from ..hub import Measured, save_folder
 from ..recipe import Recipe, save_recipe
 from .evaluation import count_flops
@@ -68,8 +69,8 @@ class Run:
         self.command = shlex.join(["accelerate", "launch", *sys.argv])
         self.best_top1 = -1.0
         self.test_scores: dict[str, float] | None = None
-        folder = get_outdir(recipe.output, name, inc=True) if accelerator.is_main_process else ""
-        self.folder = Path(broadcast_object_list([folder])[0])
+        folder = _new_folder(Path(recipe.output), name) if accelerator.is_main_process else None
+        self.folder = broadcast_object_list([folder])[0]
         if accelerator.is_main_process:
             save_recipe(recipe, self.folder / "recipe.yaml")
             self._save_environment()
@@ -77,6 +78,11 @@ class Run:
     def end_epoch(self, epoch: int, progress: Progress, lr: float, scores: dict[str, float] | None) -> None:
         """Log an epoch and save its model as last/, and as best/ when its validation accuracy is the highest so far."""
         losses = progress.reduced_means()
+        if not all(map(math.isfinite, losses.values())):
+            raise UserError(
+                f"the loss is not finite in epoch {epoch + 1} ({losses}): lower lr ({self.recipe.lr}) or set clip_grad."
+                f" The models in {str(self.folder)!r} are those of the epochs before."
+            )
         images = progress.batches * self.accelerator.num_processes * self._micro_batch()
         improved = scores is None or scores["top1"] > self.best_top1
         if scores is not None and improved:
@@ -126,7 +132,7 @@ class Run:
 
     def _log(self, **values: object) -> None:
         with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps(values, allow_nan=False) + "\n")
 
     def _save_environment(self) -> None:
         environment = dict(
@@ -140,6 +146,22 @@ class Run:
             command=self.command,
         )
         (self.folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+
+
+def _new_folder(output: Path, name: str) -> Path:
+    """Create OUTPUT/NAME, or the first free one of NAME-1, NAME-2, ..., also when several runs start at once."""
+    number = 0
+    while True:
+        folder = output / (f"{name}-{number}" if number else name)
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if not folder.is_dir():
+                raise UserError(f"output folder {str(output)!r} cannot be used: {str(folder)!r} is a file.") from None
+            number += 1
+        except OSError as error:
+            raise UserError(f"output folder {str(output)!r} cannot be used: {error}. Choose another one.") from error
 
 
 def comparison_table(runs: list[Run]) -> str:
