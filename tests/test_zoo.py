@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -66,6 +68,12 @@ def test_the_shipped_checkpoint_knows_the_birds(no_network):
     with torch.inference_mode():
         right = model(images).argmax(1) == torch.arange(96) % 24
     assert right.float().mean() > 0.8, "measured on all 960: " + str(config["tasn"]["measured_top1"])
+
+
+def test_importing_the_package_costs_timms_import_only():
+    code = "import sys, tasn_timm; print(*{'accelerate', 'datasets', 'matplotlib', 'gradio'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (result.stdout.strip(), result.returncode) == ("", 0), result.stderr
 
 
 def test_published_sizes():
