@@ -52,11 +52,11 @@ def main() -> None:
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("mixed_precision fp16 has no effect on a CPU: use bf16 or no.")
     accelerator.print(f"processes: {accelerator.num_processes} ({accelerator.device.type})")
-    recipes = {name: recipe}
+    recipes = [(name, recipe)]
     if recipe.compare:
         shared = {option: getattr(recipe, option) for option in SHARED_OPTIONS}
-        recipes[recipe_name(recipe.compare)] = load_recipe(recipe.compare, shared)
-    runs = [train(name, recipe, accelerator) for name, recipe in recipes.items()]
+        recipes.append((recipe_name(recipe.compare), load_recipe(recipe.compare, shared)))
+    runs = [train(name, recipe, accelerator) for name, recipe in recipes]
     accelerator.print(comparison_table(runs))
     accelerator.print(runs[0].how_to_load())
     accelerator.end_training()

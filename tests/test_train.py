@@ -153,6 +153,16 @@ def test_a_comparison_is_trained_on_the_same_data_and_shown_in_the_table(train, 
     assert flops[0] > flops[1] > 0
 
 
+def test_a_comparison_of_the_same_name_does_not_take_the_place_of_the_run(train, tmp_path):
+    (tmp_path / "other").mkdir()
+    plain = tmp_path / "other" / "small.yaml"
+    plain.write_text("model: test_resnet\nimg_size: 24\nlr: 2.0e-3\n")
+    code, out, err = train("--epochs", "1", "--compare", str(plain))
+    assert code == 0, err
+    table = [line.split() for line in out.splitlines() if line.endswith("%") and "epoch" not in line]
+    assert [row[:2] for row in table] == [["small", "tasn"], ["small-1", "test_resnet"]]
+
+
 def test_progress_is_a_line_now_and_then_where_nobody_watches(train):
     _, out, err = train("--epochs", "1", "--log-interval", "1")
     assert [line for line in err.splitlines() if "batch 1/3" in line]
