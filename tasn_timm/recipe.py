@@ -175,8 +175,9 @@ def parse_args(args: list[str]) -> tuple[str, Recipe]:
         allow_abbrev=False,
     )
     parser.add_argument("--recipe", default="synthbirds", help="recipe name or YAML file (default: synthbirds)")
+    defaults = Recipe()
     for entry in dataclasses.fields(Recipe):
-        default = getattr(Recipe(), entry.name)
+        default = getattr(defaults, entry.name)
         text = f"{entry.metadata['help']} (default: {'null' if default is None else default})"
         options = dict(dest=entry.name, default=argparse.SUPPRESS, help=text)
         flag = f"--{entry.name.replace('_', '-')}"

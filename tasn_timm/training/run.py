@@ -83,7 +83,7 @@ class Run:
                 f"the loss is not finite in epoch {epoch + 1} ({losses}): lower lr ({self.recipe.lr}) or set clip_grad."
                 f" The models in {str(self.folder)!r} are those of the epochs before."
             )
-        images = progress.batches * self.accelerator.num_processes * self._micro_batch()
+        images = progress.batches * self.recipe.batch_size // self.recipe.grad_accum_steps  # on all processes
         improved = scores is None or scores["top1"] > self.best_top1
         if scores is not None and improved:
             self.best_top1 = scores["top1"]
@@ -126,9 +126,6 @@ class Run:
             f"load it:  import timm, tasn_timm; "
             f'model = timm.create_model("local-dir:{self.folder / "best"}", pretrained=True).eval()'
         )
-
-    def _micro_batch(self) -> int:
-        return self.recipe.batch_size // (self.accelerator.num_processes * self.recipe.grad_accum_steps)
 
     def _log(self, **values: object) -> None:
         with (self.folder / "metrics.jsonl").open("a") as file:
