@@ -1,17 +1,21 @@
 """Attention sampler: an image is sampled densely where an attention map is high (Sec. 3.2, Eqs. 3-5, Fig. 4).
 
+`attention_grid` is the paper's; `saliency_grid` (SSN) and `uniform_grid` are those that Table 3 compares it with.
+
 Positions are (x, y) pairs in [-1, 1] over the image as `torch.nn.functional.grid_sample` takes them with
 align_corners=False: -1 and 1 are the outer edges of the border pixels. Inside this file axis positions run from 0 to 1.
 """
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from timm.layers import register_notrace_module, to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import UserError, unknown
+from .errors import UserError, no_effect, unknown
 
 # How a map becomes a distribution over one axis: its maximum (Eq. 4) or sum over the other axis.
 _MARGINALS: dict[str, Callable[[Tensor, int], Tensor]] = {"max": torch.amax, "sum": torch.sum}
@@ -60,6 +64,7 @@ def attention_grid(
     max_zoom: float | None = 4.0,
     iterations: int = 5,
     marginal: str = "max",
+    size: tuple[int, int] | None = None,
 ) -> Tensor:
     """Compute where each output pixel looks: the inverse of the map's distribution along x and along y, Eqs. 4-5.
 
@@ -67,8 +72,8 @@ def attention_grid(
     bilinear resize.
 
     Args:
-        attention: Non-negative maps (B, h, w), used at the resolution given. NaN counts as 0; where anything is
-            infinite, all the mass is there. Without any mass the grid is uniform.
+        attention: Non-negative maps (B, h, w). NaN counts as 0; where anything is infinite, all the mass is there.
+            Without any mass the grid is uniform.
         output_size: H' and W' of the sampled image, in pixels.
         max_zoom: Where the magnification along an axis, relative to a uniform resize, is capped; at least 1, None for
             no cap. What is cut off is given back evenly, so the result can lie above it by less than 1 (4.86 for 4 and
@@ -76,12 +81,73 @@ def attention_grid(
         iterations: Rounds of clipping both axes to a common maximum (`balance_axes`); 0 for none, and no cap. Not in
             the paper; 5 is the published code's `iters`.
         marginal: "max" (Eq. 4) or "sum", the paper's alternative.
+        size: Resolution (H, W) at which the map is taken, see `axis_densities`; None for its own.
 
     Returns:
         (B, H', W', 2), x then y, in [-1, 1], for align_corners=False. float32, or float64 for float64 maps.
     """
-    density_x, density_y = axis_densities(attention, marginal=marginal)
-    return _density_grid(density_x, density_y, output_size, max_zoom, iterations)
+    height, width = to_2tuple(output_size)
+    densities = axis_densities(attention, size, marginal=marginal)
+    density_x, density_y = balance_axes(*densities, max_zoom, iterations)
+    x, y = inverse_distribution(density_x, width), inverse_distribution(density_y, height)
+    return _grid(x[:, None, :], y[:, :, None])
+
+
+def saliency_grid(attention: Tensor, output_size: int | tuple[int, int], *, sigma: float = 0.178) -> Tensor:
+    """Compute where each output pixel looks with SSN's sampler (Recasens et al., ECCV 2018; Table 3).
+
+    A pixel at p looks at the mean of all positions q, weighted by attention(q) * Gaussian(q - p): it is drawn towards
+    what is salient nearby. Rows and columns bend. The map is continued by its border values, so that nothing is drawn
+    away from the edges of the image, and positions outside are moved to the edge.
+
+    SSN evaluates this on 31 x 31 positions and enlarges the result bilinearly; here it is exact at every pixel, as the
+    Gaussian is separable: three products of matrices.
+
+    Args:
+        attention: As in `attention_grid`, but used at the resolution given.
+        output_size: H' and W' of the sampled image, in pixels.
+        sigma: Of the Gaussian, as a fraction of the image's side. The default is SSN's published code, a full width at
+            half maximum of 13 of 31 cells.
+
+    Returns:
+        As `attention_grid`.
+    """
+    _check_sigma(sigma)
+    attention = _finite(attention) + 1e-20  # so that also a pixel far from any mass has somewhere to look
+    height, width = to_2tuple(output_size)
+    kernel_y, rows, margin_y = _gaussian(height, attention.shape[1], sigma, attention)
+    kernel_x, columns, margin_x = _gaussian(width, attention.shape[2], sigma, attention)
+    saliency = F.pad(attention, (margin_x, margin_x, margin_y, margin_y), mode="replicate")
+    mass = kernel_y @ saliency @ kernel_x.mT  # (B, H', W')
+    x = kernel_y @ saliency @ (kernel_x * columns).mT / mass
+    y = (kernel_y * rows) @ saliency @ kernel_x.mT / mass
+    return _grid(x, y)
+
+
+def uniform_grid(
+    attention: Tensor, output_size: int | tuple[int, int], *, threshold: float = 1.0, max_zoom: float | None = 4.0
+) -> Tensor:
+    """Compute where each output pixel looks with the uniform sampler of Table 3: a crop, enlarged.
+
+    The map is binarised, and the smallest box around what is left is sampled evenly. The paper gives no threshold.
+
+    Args:
+        attention: As in `attention_grid`, but used at the resolution given: the box ends between its cells.
+        output_size: H' and W' of the sampled image, in pixels.
+        threshold: Cells above so many times the map's mean are inside. Where none is, the box is the whole image.
+        max_zoom: The box is at least the image's side over this along each axis; at least 1, None for no bound.
+
+    Returns:
+        As `attention_grid`.
+    """
+    _check_max_zoom(max_zoom)
+    attention = _finite(attention)
+    inside = attention > threshold * attention.mean((1, 2), keepdim=True)
+    least = 1 / max_zoom if max_zoom is not None else 0.0
+    height, width = to_2tuple(output_size)
+    x = _box_positions(inside.any(1), width, least).to(attention.dtype)
+    y = _box_positions(inside.any(2), height, least).to(attention.dtype)
+    return _grid(x[:, None, :], y[:, :, None])
 
 
 def attention_sample(
@@ -198,14 +264,35 @@ def sample(image: Tensor, grid: Tensor) -> Tensor:
     return sampled.to(image.dtype)
 
 
+class _Sampler(NamedTuple):
+    grid: Callable[..., Tensor]
+    options: tuple[str, ...]  # what of AttentionSampler's settings it takes
+
+
+# Rows of Table 3. Only the first one needs a finer map than it gets: its densities are piecewise constant.
+_SAMPLERS = {
+    "attention": _Sampler(attention_grid, ("max_zoom", "iterations", "marginal", "size")),
+    "saliency": _Sampler(saliency_grid, ("sigma",)),
+    "uniform": _Sampler(uniform_grid, ("threshold", "max_zoom")),
+}
+SAMPLERS = tuple(_SAMPLERS)
+
+
 @register_notrace_module
 class AttentionSampler(nn.Module):
-    """Samples images at a fixed output size, treating maps as resized to the image (`axis_densities`).
+    """Samples images at a fixed output size.
 
     Args:
         output_size: Pixels of the sampled image, one number or (H', W').
+        sampler: "attention" (the paper's, on the map resized to the image), "saliency" (SSN's) or "uniform" (a crop).
         shape: What is done to a map first, see `shape_map`.
-        max_zoom, iterations, marginal: As in `attention_grid`.
+        max_zoom: As in `attention_grid` and `uniform_grid`.
+        iterations, marginal: As in `attention_grid`.
+        sigma: As in `saliency_grid`.
+        threshold: As in `uniform_grid`.
+
+    Raises:
+        ValueError: An unknown name, a value out of range, or a setting that the sampler does not take.
     """
 
     def __init__(
@@ -215,23 +302,33 @@ class AttentionSampler(nn.Module):
         max_zoom: float | None = 4.0,
         iterations: int = 5,
         marginal: str = "max",
+        *,
+        sampler: str = "attention",
+        sigma: float = 0.178,
+        threshold: float = 1.0,
     ) -> None:
         super().__init__()
+        if sampler not in _SAMPLERS:
+            raise unknown("sampler", sampler, SAMPLERS)
         if shape not in _SHAPES:
             raise unknown("map shape", shape, SHAPES)
         if marginal not in _MARGINALS:
             raise unknown("marginal", marginal, MARGINALS)
         _check_max_zoom(max_zoom)
+        _check_sigma(sigma)
         self.output_size = to_2tuple(output_size)
         self.shape = shape
-        self.max_zoom = max_zoom
-        self.iterations = iterations
-        self.marginal = marginal
+        self.sampler = sampler
+        self.settings = dict(
+            max_zoom=max_zoom, iterations=iterations, marginal=marginal, sigma=sigma, threshold=threshold
+        )
+        no_effect(AttentionSampler, self.settings, f"sampler={sampler!r}", except_for=_SAMPLERS[sampler].options)
 
     def grid(self, attention: Tensor, image_size: tuple[int, int]) -> Tensor:
         """(B, H', W', 2) for maps (B, h, w) over an image of (H, W) pixels."""
-        density_x, density_y = axis_densities(shape_map(attention, self.shape), image_size, marginal=self.marginal)
-        return _density_grid(density_x, density_y, self.output_size, self.max_zoom, self.iterations)
+        compute, options = _SAMPLERS[self.sampler]
+        settings = self.settings | dict(size=image_size)
+        return compute(shape_map(attention, self.shape), self.output_size, **{name: settings[name] for name in options})
 
     def forward(self, image: Tensor, attention: Tensor) -> Tensor:
         image_size = tuple(image.shape[-2:])
@@ -244,10 +341,8 @@ class AttentionSampler(nn.Module):
         return sample(image, self.grid(attention, image_size))
 
     def extra_repr(self) -> str:
-        return (
-            f"output_size={self.output_size}, shape={self.shape}, max_zoom={self.max_zoom}, "
-            f"iterations={self.iterations}, marginal={self.marginal}"
-        )
+        settings = "".join(f", {name}={value}" for name, value in self.settings.items())
+        return f"{self.sampler}, output_size={self.output_size}, shape={self.shape}{settings}"
 
 
 def _check_max_zoom(max_zoom: float | None) -> None:
@@ -255,18 +350,44 @@ def _check_max_zoom(max_zoom: float | None) -> None:
         raise UserError(f"max_zoom must be at least 1, or None for no cap; got {max_zoom}.")
 
 
-def _density_grid(
-    density_x: Tensor,
-    density_y: Tensor,
-    output_size: int | tuple[int, int],
-    max_zoom: float | None,
-    iterations: int,
-) -> Tensor:
-    height, width = to_2tuple(output_size)
-    density_x, density_y = balance_axes(density_x, density_y, max_zoom, iterations)
-    x = inverse_distribution(density_x, width)[:, None, :].expand(-1, height, -1)
-    y = inverse_distribution(density_y, height)[:, :, None].expand(-1, -1, width)
-    return 2 * torch.stack([x, y], dim=-1) - 1  # (B, H', W', 2)
+def _check_sigma(sigma: float) -> None:
+    if not 0 < sigma < math.inf:
+        raise UserError(f"sigma must be greater than 0, as a fraction of the image's side; got {sigma}.")
+
+
+def _grid(x: Tensor, y: Tensor) -> Tensor:
+    """Positions in [0, 1], (B, H' or 1, W' or 1) each, as (B, H', W', 2) in [-1, 1]."""
+    return 2 * torch.stack(torch.broadcast_tensors(x, y), dim=-1).clamp(0, 1) - 1
+
+
+def _gaussian(count: int, cells: int, sigma: float, like: Tensor) -> tuple[Tensor, Tensor, int]:
+    """One axis of a Gaussian window between output pixels and the cells of a map with a margin around it.
+
+    Returns:
+        Weights (count, n) for n = cells + 2 * margin; positions (n,) of the cells, 0 to 1 on the map; the margin.
+    """
+    margin = math.ceil(5 * sigma * cells)  # beyond 5 sigma the window is below 4e-6
+    factory = dict(device=like.device, dtype=like.dtype)
+    positions = (torch.arange(-margin, cells + margin, **factory) + 0.5) / cells
+    pixels = (torch.arange(count, **factory) + 0.5) / count
+    return (-0.5 * ((positions - pixels[:, None]) / sigma).square()).exp(), positions, margin
+
+
+def _box_positions(inside: Tensor, count: int, least: float) -> Tensor:
+    """Even positions (B, count) in [0, 1] over the cells (B, n) from the first to the last one inside.
+
+    Args:
+        inside: True where a cell belongs to the box; where none does, all do.
+        count: Number of positions.
+        least: Smallest length of the box, which is kept within [0, 1].
+    """
+    inside = (inside | ~inside.any(1, keepdim=True)).to(torch.uint8)
+    cells = inside.shape[1]
+    start = inside.argmax(1, keepdim=True) / cells
+    end = 1 - inside.flip(1).argmax(1, keepdim=True) / cells
+    length = (end - start).clamp(min=least)
+    start = torch.minimum(((start + end - length) / 2).clamp(min=0), 1 - length)
+    return start + length * (torch.arange(count, device=inside.device) + 0.5) / count
 
 
 def _finite(attention: Tensor) -> Tensor:

@@ -6,20 +6,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import UserError, unknown
+from .errors import UserError, no_effect, unknown
 
 if TYPE_CHECKING:
     from .tasn import TASNOutput
 
-# Weight of the (master, part) pair of classifiers; the (logits, shared_part) pair has the rest.  With two pairs the
-# published code halves every classification loss; with one pair Eq. 8 stands as printed.
+# Default weight of the (master, part) pair of classifiers; the (logits, shared_part) pair has the rest.  With two pairs
+# the published code halves every classification loss; with one pair Eq. 8 stands as printed.
 _MASTER_WEIGHT = {"both": 0.5, "shared": 1.0, "separate": 1.0}
 
 
 def soft_target_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 10.0) -> Tensor:
     """Cross-entropy of the student's against the teacher's softened distribution, Eqs. 6-7, averaged over the batch.
 
-    No factor T^2, as in paper and published code.
+    No factor T^2, as in paper and published code (`TASNLoss(scale_soft=True)` has it).
 
     Args:
         student_logits: z_s, (B, K).
@@ -37,21 +37,30 @@ class TASNLoss(nn.Module):
     """The objective of the whole network: classification of every view, and Eq. 8's distillation.
 
         loss = attention_weight * CE(attention)
-             + (1 - m) * (CE(logits) + part_weight * CE(shared_part))
+             + (1 - m) * (CE(logits) + shared_part_weight * CE(shared_part))
              + m * (CE(master) + part_weight * CE(part) + soft_weight * L_soft(master, part))
 
-    m is 1/2 with heads="both" and 1 else. So for "both" the defaults are the published weights (1; 4 x 0.5; 1 for
-    the soft target), and for all three lambda = 2 is relative to the classification of the master, as in Eq. 8.
+    m is `master_weight`. With heads="both" the defaults are the published weights (1; 4 x 0.5; 1 for the soft target),
+    and lambda = 2 is relative to the classification of the master, as in Eq. 8. Terms of a view that the model does not
+    have (part_net=False, master_net=False) are left out. Over several parts an image's details are averaged.
 
     Args:
         temperature: T of Eq. 6.
         soft_weight: lambda of Eq. 8.
-        part_weight: Weight of the detail image's classification relative to the structure image's.
+        part_weight: Weight of the detail images' classification relative to the structure image's.
         attention_weight: Weight of the attention net's own classification; its gradient reaches nothing else.
         detach_teacher: Keep the soft target from changing the part net. False is the published code, which lets the
             distillation pull the teacher towards the student as well.
         smoothing: Label smoothing of the classification losses, 0 to 1.
         heads: The model's `heads`.
+        master_weight: Share of the master and part classifiers, 0 to 1, the shared one having the rest. None: 1/2 with
+            heads="both". With one pair of classifiers it is 1.
+        shared_part_weight: `part_weight` of the shared classifier; None for the same.
+        scale_soft: Multiply L_soft by T^2, which makes its gradient's size independent of T (Hinton et al., 2015).
+            Neither paper nor published code does.
+
+    Raises:
+        ValueError: A value out of range, or one that has no effect beside another.
     """
 
     def __init__(
@@ -63,39 +72,70 @@ class TASNLoss(nn.Module):
         detach_teacher: bool = True,
         smoothing: float = 0.0,
         heads: str = "both",
+        *,
+        master_weight: float | None = None,
+        shared_part_weight: float | None = None,
+        scale_soft: bool = False,
     ) -> None:
         super().__init__()
         _check_temperature(temperature)
-        if not 0 <= smoothing <= 1:
-            raise UserError(f"smoothing must be between 0 and 1, got {smoothing}.")
         if heads not in _MASTER_WEIGHT:
             raise unknown("heads", heads, _MASTER_WEIGHT)
+        for name, share in (("smoothing", smoothing), ("master_weight", master_weight)):
+            if share is not None and not 0 <= share <= 1:
+                raise UserError(f"{name} must be between 0 and 1, got {share}.")
+        if heads != "both":
+            no_effect(
+                TASNLoss,
+                dict(master_weight=master_weight, shared_part_weight=shared_part_weight),
+                f"heads={heads!r}, which has one pair of classifiers",
+            )
+        if soft_weight == 0 or master_weight == 0:
+            no_effect(
+                TASNLoss,
+                dict(temperature=temperature, detach_teacher=detach_teacher, scale_soft=scale_soft),
+                "soft_weight=0" if soft_weight == 0 else "master_weight=0",
+            )
         self.temperature = temperature
         self.soft_weight = soft_weight
         self.part_weight = part_weight
         self.attention_weight = attention_weight
         self.detach_teacher = detach_teacher
         self.smoothing = smoothing
-        self.master_weight = _MASTER_WEIGHT[heads]
+        self.heads = heads
+        self.master_weight = _MASTER_WEIGHT[heads] if master_weight is None else master_weight
+        self.shared_part_weight = part_weight if shared_part_weight is None else shared_part_weight
+        self.soft_scale = temperature**2 if scale_soft else 1.0
 
     def forward(self, output: "TASNOutput", target: Tensor) -> dict[str, Tensor]:
         """Compute the loss of a `TASNOutput` against class indices (B,).
 
         Returns:
-            Scalars: "loss" and its parts before weighting, "structure", "detail", "soft" and "attention".
+            Scalars: "loss" and its parts before `attention_weight`, `part_weight` and lambda: "structure", "detail",
+            "soft" and "attention", those that the model has.
         """
         m = self.master_weight
-        if m < 1 and output.master is output.logits:
+        if self.heads == "both" and output.master is output.logits:
             raise UserError("this model has one pair of classifiers: pass its kind, TASNLoss(heads=model.heads.heads).")
-        teacher = output.part.detach() if self.detach_teacher else output.part
-        structure = (1 - m) * self._classify(output.logits, target) + m * self._classify(output.master, target)
-        detail = (1 - m) * self._classify(output.shared_part, target) + m * self._classify(output.part, target)
-        soft = soft_target_cross_entropy(output.master, teacher, self.temperature)
-        attention = self._classify(output.attention, target)
-        loss = structure + self.part_weight * detail + m * self.soft_weight * soft + self.attention_weight * attention
-        return dict(loss=loss, structure=structure, detail=detail, soft=soft, attention=attention)
+        losses = dict(attention=self._classify(output.attention, target))
+        loss = self.attention_weight * losses["attention"]
+        if output.logits is not None:
+            losses["structure"] = (1 - m) * self._classify(output.logits, target)
+            losses["structure"] = losses["structure"] + m * self._classify(output.master, target)
+            loss = loss + losses["structure"]
+        if output.part is not None:
+            shared, part = (self._classify(logits, target) for logits in (output.shared_part, output.part))
+            losses["detail"] = (1 - m) * shared + m * part
+            loss = loss + (1 - m) * self.shared_part_weight * shared + m * self.part_weight * part
+        if output.logits is not None and output.part is not None:
+            teacher = output.part.detach() if self.detach_teacher else output.part
+            student = output.master.repeat(len(teacher) // len(output.master), 1)  # once for every part
+            losses["soft"] = self.soft_scale * soft_target_cross_entropy(student, teacher, self.temperature)
+            loss = loss + m * self.soft_weight * losses["soft"]
+        return dict(loss=loss, **losses)
 
     def _classify(self, logits: Tensor, target: Tensor) -> Tensor:
+        target = target.repeat(len(logits) // len(target))  # several parts of the same images
         return F.cross_entropy(_precise(logits), target, label_smoothing=self.smoothing)
 
 

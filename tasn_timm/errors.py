@@ -1,8 +1,9 @@
 """How a user's mistake is told: one line with what we got, what is allowed and what to do."""
 
+import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 
 
@@ -26,6 +27,29 @@ def unknown(what: str, got: object, allowed: Iterable[str]) -> UserError:
     hint = f": did you mean {' or '.join(map(repr, close))}?" if close else "."
     choice = f" Choose from {', '.join(allowed)}." if len(allowed) <= 30 else ""
     return UserError(f"unknown {what} {got!r}{hint}{choice}")
+
+
+def no_effect(
+    function: Callable, settings: Mapping[str, object], because: str, *, except_for: Iterable[str] = ()
+) -> None:
+    """Refuse settings that somebody chose, but that change nothing.
+
+    Args:
+        function: Has the settings as arguments; a setting that is not the default was chosen.
+        settings: Names and values.
+        because: The setting that rules them out, e.g. "part_net=False".
+        except_for: Names that do have an effect.
+
+    Raises:
+        UserError: "selection='ranked' has no effect with part_net=False: leave out one of them."
+    """
+    defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+    for name, value in settings.items():
+        if name not in except_for and value != defaults[name]:
+            raise UserError(
+                f"{name}={value!r} has no effect with {because}: leave out one of them (the default is "
+                f"{name}={defaults[name]!r})."
+            )
 
 
 def run_command(main: Callable[[], None]) -> int:

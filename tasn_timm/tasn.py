@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from timm.layers import to_2tuple
+from torch import Tensor
 
-from .attention_net import PRESETS, AttentionNet, create_backbone, stem_convolutions
+from .attention_net import PRESETS, AttentionNet, stem_convolutions
 from .attention_sampler import AttentionSampler
-from .errors import unknown
-from .heads import Heads
+from .classifier import BackboneClassifier
+from .errors import UserError, no_effect, unknown
 from .trilinear_attention import TrilinearAttention
 
 
@@ -17,16 +18,17 @@ class TASNOutput(NamedTuple):
     """Logits (B, K) of every classifier, as the loss takes them (`distillation.TASNLoss`).
 
     With heads="shared" or "separate" there are two classifications, not four: master is logits, shared_part is part.
+    With several parts, those of the detail images are (parts * B, K), all images' first part first.
     """
 
-    logits: Tensor  # the prediction: structure image
-    master: Tensor  # structure image, the student of Eq. 8
-    part: Tensor  # detail image, the teacher of Eq. 8
-    shared_part: Tensor  # detail image, the predicting classifier
+    logits: Tensor | None  # the prediction: structure image; None with master_net=False
+    master: Tensor | None  # structure image, the student of Eq. 8
+    part: Tensor | None  # detail images, the teacher of Eq. 8; None with part_net=False
+    shared_part: Tensor | None  # detail images, the predicting classifier
     attention: Tensor  # the attention net's own classifier
 
 
-class TASN(nn.Module):
+class TASN(BackboneClassifier):
     """Trilinear Attention Sampling Network around any timm backbone.
 
     In evaluation an image (B, 3, H, W) becomes logits (B, K): only the structure-preserved image is classified. In
@@ -37,7 +39,7 @@ class TASN(nn.Module):
         backbone: timm model of master and part net, optionally with the tag of its weights.
         num_classes: K; 0 for pooled features (B, C) in place of logits.
         in_chans: Channels of the image.
-        global_pool: The backbone's pooling; None for its own.
+        global_pool: The backbone's pooling; None for its own; "isqrt_cov" for second-order pooling (Table 7).
         drop_rate: Dropout on the backbone's pooled features.
         drop_path_rate: Stochastic depth in the backbone, where it has it.
         sample_size: Pixels of the sampled images, one number or (H', W'); the input must not be smaller.
@@ -47,18 +49,29 @@ class TASN(nn.Module):
         normalization: Formula of the attention maps, see `trilinear_attention`.
         spatial_scale: Factor on the input of its inner softmax.
         relation_scale: Factor on the input of its outer softmax.
-        selection: Choice of the detail map, see `structure_and_detail_maps`.
+        selection: Choice of the detail maps, see `structure_and_detail_maps`.
+        parts: Detail images per image and training step.
+        reduction: Structure map as the mean of the distinct maps ("mean") or of all ("mean_all", the paper's text).
         structure_shape: Shaping of the structure map, see `shape_map`; "square" is the published code's.
         detail_shape: Shaping of the detail map.
+        sampler: "attention" (the paper's), "saliency" (SSN's) or "uniform" (a crop), see `AttentionSampler`.
         max_zoom: Largest magnification along an axis, see `attention_grid`; 0 for no bound (None means the same, but
             timm.create_model does not pass None on, and would give the default).
         iterations: Rounds of balancing the two axes.
         marginal: "max" (Eq. 4) or "sum".
-        heads: "both" (published result), "shared" or "separate" (the paper's text), see `heads.HEADS`.
+        sigma: Of the saliency sampler, see `saliency_grid`.
+        threshold: Of the uniform sampler, see `uniform_grid`.
+        master_net: Train on the structure image. False leaves the part net alone, as in Table 2: trained on detail
+            images, evaluated on the structure image.
+        part_net: Train on detail images. False leaves the master net alone, as in Tables 3, 4 and 8.
+        heads: "both" (published result), "shared" or "separate" (the paper's text), see `heads.HEADS`. None: "both",
+            or with one net the one classifier that it needs.
+        pool_args: Arguments of `SecondOrderPool`.
         backbone_args: More arguments for the backbone.
 
     Raises:
-        ValueError: An argument that is not allowed: unknown backbone, layout, formula, ...
+        ValueError: An argument that is not allowed (unknown backbone, layout, formula, ...), or that has no effect
+            beside another one.
     """
 
     def __init__(
@@ -78,77 +91,105 @@ class TASN(nn.Module):
         spatial_scale: float = 7.0,
         relation_scale: float = 1.0,
         selection: str = "random",
+        parts: int = 1,
+        reduction: str = "mean",
         structure_shape: str = "square",
         detail_shape: str = "none",
+        sampler: str = "attention",
         max_zoom: float | None = 4.0,
         iterations: int = 5,
         marginal: str = "max",
-        heads: str = "both",
+        sigma: float = 0.178,
+        threshold: float = 1.0,
+        master_net: bool = True,
+        part_net: bool = True,
+        heads: str | None = None,
+        pool_args: dict | None = None,
         backbone_args: dict | None = None,
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__()
         dd = dict(device=device, dtype=dtype)
-        if attention_net not in PRESETS:
-            raise unknown("attention_net", attention_net, PRESETS)
-        layout = PRESETS[attention_net] | (dict(backbone=attention_backbone) if attention_backbone else {})
-
-        # The attention net comes first, the heads last: timm's gradient clipping leaves out the last parameters.
-        self.attention_net = AttentionNet(
-            **layout | (attention_args or {}), num_classes=num_classes, in_chans=in_chans, **dd
-        )
-        self.trilinear_attention = TrilinearAttention(normalization, spatial_scale, relation_scale, selection)
-        self.structure_sampler = AttentionSampler(sample_size, structure_shape, max_zoom or None, iterations, marginal)
-        self.detail_sampler = AttentionSampler(sample_size, detail_shape, max_zoom or None, iterations, marginal)
-        self.backbone = create_backbone(
-            backbone,
-            self.sample_size,
-            num_classes=0,
-            in_chans=in_chans,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate or None,  # not every timm model has it
-            **(backbone_args or {}),
-            **dd,
-        )
-        self.heads = Heads(heads, self.backbone.head_hidden_size, num_classes, **dd)
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.distilled_training = False
-
-        # What timm adapts to another number of channels when it loads weights.
-        parts = {"attention_net.trunk": self.attention_net.trunk, "backbone": self.backbone}
-        self._traits = dict(
-            first_conv=tuple(f"{prefix}.{name}" for prefix, part in parts.items() for name in stem_convolutions(part))
-        )
+        heads = _heads_of(master_net, part_net, heads)
+        if parts < 1:
+            raise UserError(f"parts must be at least 1, got {parts}: for no detail images use part_net=False.")
+        if not part_net:
+            no_effect(TASN, dict(parts=parts, selection=selection, detail_shape=detail_shape), "part_net=False")
         # What rebuilds these weights: goes to config.json, so that later defaults cannot change a saved model.
-        self._model_args = dict(
+        model_args = dict(
             sample_size=sample_size,
             attention_net=attention_net,
             normalization=normalization,
             spatial_scale=spatial_scale,
             relation_scale=relation_scale,
             selection=selection,
+            parts=parts,
+            reduction=reduction,
             structure_shape=structure_shape,
             detail_shape=detail_shape,
+            sampler=sampler,
             max_zoom=max_zoom or 0,
             iterations=iterations,
             marginal=marginal,
+            sigma=sigma,
+            threshold=threshold,
+            master_net=master_net,
+            part_net=part_net,
             heads=heads,
         )
+        if attention_net not in PRESETS:
+            raise unknown("attention_net", attention_net, PRESETS)
+        layout = PRESETS[attention_net] | (dict(backbone=attention_backbone) if attention_backbone else {})
+        grid = dict(
+            max_zoom=max_zoom or None,
+            iterations=iterations,
+            marginal=marginal,
+            sampler=sampler,
+            sigma=sigma,
+            threshold=threshold,
+        )
+        front = dict(
+            attention_net=AttentionNet(
+                **layout | (attention_args or {}), num_classes=num_classes, in_chans=in_chans, **dd
+            ),
+            trilinear_attention=TrilinearAttention(
+                normalization, spatial_scale, relation_scale, selection, parts if part_net else 0, reduction
+            ),
+            structure_sampler=AttentionSampler(sample_size, structure_shape, **grid),
+            detail_sampler=AttentionSampler(sample_size, detail_shape, **grid),
+        )
+        super().__init__(
+            backbone,
+            num_classes,
+            in_chans,
+            global_pool,
+            drop_rate,
+            drop_path_rate,
+            img_size=to_2tuple(sample_size),
+            heads=heads,
+            pool_args=pool_args,
+            backbone_args=backbone_args,
+            front=front,
+            **dd,
+        )
+        self.master_net = master_net
+        self.part_net = part_net
+        self.distilled_training = False
+        self._model_args = model_args
+        stem = tuple(f"attention_net.trunk.{name}" for name in stem_convolutions(self.attention_net.trunk))
+        self._traits = dict(first_conv=stem + self._traits["first_conv"])
 
     def forward(self, image: Tensor) -> Tensor | TASNOutput:
         features = self.attention_net(image)  # X: (B, C, h, w)
-        structure_map, detail_maps = self.trilinear_attention(features)  # Eq. 2: (B, h, w), (B, 1, h, w)
-        structure = self.structure_sampler(image, structure_map)  # I_s: (B, 3, H', W')
+        structure_map, detail_maps = self.trilinear_attention(features)  # Eq. 2: (B, h, w), (B, parts, h, w)
         if not self.training or self.num_classes == 0:
-            return self.heads(self.backbone(structure))
+            return self.heads(self.embed(self.structure_sampler(image, structure_map)))
 
-        detail = self.detail_sampler(image, detail_maps[:, 0])  # I_d: (B, 3, H', W')
-        pooled = self.backbone(torch.cat([structure, detail]))  # one batch: shared weights and BatchNorm statistics
-        pooled_structure, pooled_detail = pooled.chunk(2)
-        logits = self.heads.forward_pair(pooled_structure, pooled_detail)
+        views = [self.structure_sampler(image, structure_map)] if self.master_net else []  # I_s: (B, 3, H', W')
+        views += [self.detail_sampler(image, part) for part in detail_maps.unbind(1)]  # I_d
+        pooled = self.embed(torch.cat(views))  # one batch: shared weights and BatchNorm statistics
+        structure, detail = pooled.tensor_split([len(image) * self.master_net])
+        logits = self.heads.forward_views(structure if self.master_net else None, detail if self.part_net else None)
         output = TASNOutput(*logits, self.attention_net.classify(features))
         return output if self.distilled_training else self._mean_logits(output)
 
@@ -166,85 +207,44 @@ class TASN(nn.Module):
         """Make training-mode forward return a `TASNOutput` (timm's name for this switch, from DeiT)."""
         self.distilled_training = enable
 
-    # What timm expects of a model, on the structure-preserved image.
-
-    @property
-    def num_features(self) -> int:
-        return self.backbone.num_features
-
-    @property
-    def head_hidden_size(self) -> int:
-        return self.backbone.head_hidden_size
-
-    @property
-    def feature_info(self) -> list[dict]:
-        return self.backbone.feature_info
-
-    @property
-    def global_pool(self) -> str | nn.Module | None:
-        head = getattr(self.backbone, "head", None)
-        return getattr(head, "global_pool", None) or getattr(self.backbone, "global_pool", None)
-
-    def forward_features(self, image: Tensor) -> Tensor:
-        """The backbone's features before pooling."""
-        return self.backbone.forward_features(self.sample(image))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool and classify `forward_features`; pooled features (B, C) with `pre_logits`."""
-        pooled = self.backbone.forward_head(x)
-        return pooled if pre_logits else self.heads(pooled)
-
-    def forward_intermediates(self, image: Tensor, *args, **kwargs) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The backbone's `forward_intermediates`, with its arguments."""
-        return self.backbone.forward_intermediates(self.sample(image), *args, **kwargs)
+    # Where timm's contract, which `BackboneClassifier` fulfils, has to reach the attention net as well.
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """The backbone's method of that name. Without classifiers nothing trains the attention net, so it is frozen."""
-        taken = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
+        taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         if prune_head:
-            self.reset_classifier(0)
             self.attention_net.requires_grad_(False)
         return taken
 
-    def get_classifier(self) -> nn.Module:
-        """The predicting classifier."""
-        return self.heads.predictor
-
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace all classifiers, the attention net's among them, by new ones; 0 for none."""
-        if global_pool is not None:
-            self.backbone.reset_classifier(0, global_pool)
-        self.num_classes = num_classes
-        like = next(self.backbone.parameters())
-        self.heads = Heads(self.heads.heads, self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
-        self.heads.train(self.training)
+        super().reset_classifier(num_classes, global_pool)
         self.attention_net.reset_classifier(num_classes)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the backbone's activations in the backward pass to save memory."""
-        self.backbone.set_grad_checkpointing(enable)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that the backbone does not want decayed."""
-        inner = getattr(self.backbone, "no_weight_decay", set)
-        return {f"backbone.{name}" for name in inner()}
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layers for layer-wise learning rates: attention net (ahead of everything), the backbone's own, heads."""
-        groups = {"attention_net": r"^attention_net"}
-        for name, pattern in self.backbone.group_matcher(coarse).items():
-            groups[name] = _prefixed(pattern)
-        return groups
+        return {"attention_net": r"^attention_net"} | super().group_matcher(coarse)
 
     def _mean_logits(self, output: TASNOutput) -> Tensor:
-        distinct = output if self.heads.heads == "both" else (output.logits, output.part, output.attention)
-        return torch.stack(list(distinct)).mean(0)
+        """The mean over all classifiers; the details of an image count as one."""
+        parts = self.trilinear_attention.parts
+        structure = [output.logits, output.master] if self.heads.heads == "both" else [output.logits]
+        detail = [output.part, output.shared_part] if self.heads.heads == "both" else [output.part]
+        means = [logits.unflatten(0, (parts, -1)).mean(0) for logits in detail if logits is not None]
+        logits = [logits for logits in structure if logits is not None]
+        return torch.stack([*logits, *means, output.attention]).mean(0)
 
 
-def _prefixed(pattern: str | Sequence[tuple]) -> str | list[tuple]:
-    """timm's matcher patterns, "^stem" or [("^stage", None), ...], for parameters that now begin with "backbone."."""
-    if isinstance(pattern, str):
-        return r"^backbone\." + pattern.removeprefix("^")
-    return [(r"^backbone\." + regex.removeprefix("^"), suffix) for regex, suffix in pattern]
+def _heads_of(master_net: bool, part_net: bool, heads: str | None) -> str:
+    if master_net and part_net:
+        return heads or "both"
+    if not master_net and not part_net:
+        raise UserError("master_net=False and part_net=False leave nothing to train: switch one of them on.")
+    if heads not in (None, "shared"):
+        missing = "part_net" if master_net else "master_net"
+        raise UserError(
+            f"heads={heads!r} has no effect with {missing}=False, which needs one classifier: leave it out."
+        )
+    return "shared"

@@ -6,31 +6,46 @@ times X. So `structure_and_detail_maps` picks rows first and never builds the C 
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from .errors import UserError, unknown
+from .errors import UserError, no_effect, unknown
+from .precision import no_autocast
 
 Norm = Callable[[Tensor], Tensor]
 
-# R(X) for the rows of Table 2, in its order, with the paper's accuracy on CUB-200-2011.  x is X as (B, C, hw);
-# spatial and relation are the two softmaxes N, over the second dimension of a matrix, each with its scale.
-_RELATIONS: dict[str, Callable[[Tensor, Norm, Norm], Tensor]] = {
-    "features": lambda x, spatial, relation: torch.eye(x.shape[1], device=x.device, dtype=x.dtype).expand(
-        len(x), -1, -1
+
+class _Formula(NamedTuple):
+    relation: Callable[[Tensor, Norm, Norm], Tensor]  # R(X)
+    scales: tuple[str, ...] = ()  # of its softmaxes
+
+
+# The rows of Table 2, in its order, with the paper's accuracy on CUB-200-2011.  x is X as (B, C, hw); spatial and
+# relation are the two softmaxes N, over the second dimension of a matrix, each with its scale.
+_FORMULAS = {
+    "features": _Formula(  # X: 83.5
+        lambda x, spatial, relation: torch.eye(x.shape[1], device=x.device, dtype=x.dtype).expand(len(x), -1, -1)
     ),
-    "none": lambda x, spatial, relation: x @ x.mT,  # X X^T X, Eq. 1: 84.9
-    "spatial": lambda x, spatial, relation: spatial(x) @ x.mT,  # N(X) X^T X: 85.2
-    "spatial_both": lambda x, spatial, relation: spatial(x) @ spatial(x).mT,  # N(X) N(X)^T X: 84.3
-    "output": lambda x, spatial, relation: x @ x.mT,  # N(X X^T X), N taken of the finished maps: 84.5
-    "relation": lambda x, spatial, relation: relation(x @ x.mT),  # N(X X^T) X: 85.0
-    "spatial_relation": lambda x, spatial, relation: relation(spatial(x) @ x.mT),  # N(N(X) X^T) X, Eq. 2: 85.3
-    "self_attention": lambda x, spatial, relation: x.mT,  # X^T X: hw maps, one per position (Sec. 4.2): 84.6
+    "none": _Formula(lambda x, spatial, relation: x @ x.mT),  # X X^T X, Eq. 1: 84.9
+    "spatial": _Formula(lambda x, spatial, relation: spatial(x) @ x.mT, ("spatial_scale",)),  # N(X) X^T X: 85.2
+    "spatial_both": _Formula(  # N(X) N(X)^T X: 84.3
+        lambda x, spatial, relation: spatial(x) @ spatial(x).mT, ("spatial_scale",)
+    ),
+    "output": _Formula(  # N(X X^T X), N taken of the finished maps: 84.5
+        lambda x, spatial, relation: x @ x.mT, ("relation_scale",)
+    ),
+    "relation": _Formula(lambda x, spatial, relation: relation(x @ x.mT), ("relation_scale",)),  # N(X X^T) X: 85.0
+    "spatial_relation": _Formula(  # N(N(X) X^T) X, Eq. 2: 85.3
+        lambda x, spatial, relation: relation(spatial(x) @ x.mT), ("spatial_scale", "relation_scale")
+    ),
+    "self_attention": _Formula(  # X^T X: hw maps, one per position (Sec. 4.2): 0.7 below Eq. 2
+        lambda x, spatial, relation: x.mT
+    ),
 }
-NORMALIZATIONS = tuple(_RELATIONS)
+NORMALIZATIONS = tuple(_FORMULAS)
 
 # How likely a map is to be chosen as the detail map (Sec. 4.2), from its mean response (B, M).
 _SELECTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -38,6 +53,14 @@ _SELECTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "ranked": lambda response: response.clamp(min=0),
 }
 SELECTIONS = tuple(_SELECTIONS)
+
+# Weights (B, M) of the maps in the structure map, from the distinct ones (B, M).
+_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda distinct: distinct / distinct.sum(1, keepdim=True),
+    "sum": lambda distinct: distinct,  # the published code; the sampler sees no difference
+    "mean_all": lambda distinct: torch.full_like(distinct, 1 / distinct.shape[1]),  # the paper's text
+}
+REDUCTIONS = tuple(_REDUCTIONS)
 
 
 def trilinear_attention(
@@ -78,21 +101,23 @@ def structure_and_detail_maps(
     relation_scale: float = 1.0,
     selection: str = "random",
     parts: int = 1,
+    reduction: str = "mean",
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The maps that guide the sampler: A(M), the average, and R(M), chosen single ones (Eq. 3), without building M.
 
     Both are taken over the distinct maps. Channels that do not respond anywhere in the image all give one and the same
     map; the published code means to count it once, but applies its mask in the wrong channel order (its author agrees,
-    researchmm/tasn#3). Here it is counted once.
+    researchmm/tasn#3). Here it is counted once. The paper's text averages all maps: reduction="mean_all".
 
     Args:
         features: X, (B, C, h, w).
         normalization, spatial_scale, relation_scale: As in `trilinear_attention`.
         selection: How the detail maps are chosen among an image's distinct maps: "random", all alike (the paper), or
             "ranked", in proportion to their mean response (Sec. 4.2).
-        parts: Number of detail maps per image, 0 to C. None comes twice as long as there are as many distinct maps. 0
+        parts: Number of detail maps per image, 0 to C (to hw for "self_attention"). None comes twice as long as there are as many distinct maps. 0
             draws no random numbers.
+        reduction: Structure map as the "mean" or "sum" of the distinct maps, or as the mean of all ("mean_all").
         generator: Source of the random choice, on the device of the features. None: torch's global one.
 
     Returns:
@@ -100,13 +125,15 @@ def structure_and_detail_maps(
     """
     if selection not in _SELECTIONS:
         raise unknown("selection", selection, SELECTIONS)
-    if parts > features.shape[1]:
-        raise UserError(f"parts is {parts}, but the features have {features.shape[1]} channels: use at most as many.")
+    if reduction not in _REDUCTIONS:
+        raise unknown("reduction", reduction, REDUCTIONS)
     x = _as_matrix(features)
     relation = _relation(x, normalization, spatial_scale, relation_scale)  # (B, M, C)
+    if parts > relation.shape[1]:
+        raise UserError(f"parts is {parts}, but there are {relation.shape[1]} maps: use at most as many.")
     distinct = _distinct_maps(x, normalization)  # (B, M)
 
-    rows = distinct.unsqueeze(1) / distinct.sum(1)[:, None, None]  # (B, 1, M): the average
+    rows = _REDUCTIONS[reduction](distinct).unsqueeze(1)  # (B, 1, M)
     if parts > 0:
         response = (relation @ x.mean(-1, keepdim=True)).squeeze(-1)  # (B, M)
         chosen = _draw(_SELECTIONS[selection](response) * distinct, parts, generator)  # (B, parts)
@@ -125,7 +152,16 @@ class TrilinearAttention(nn.Module):
     """`structure_and_detail_maps` with its settings, in full precision whatever autocast says, without gradient.
 
     The attention net learns from its own classifier alone, so the features are detached (the published code blocks the
-    gradient at the same place). In evaluation mode only the structure map is computed.
+    gradient at the same place).
+
+    Args:
+        normalization, spatial_scale, relation_scale: As in `trilinear_attention`.
+        selection, reduction: As in `structure_and_detail_maps`. reduction="sum" is not taken: the sampler divides by
+            the total, so it would give the images of "mean".
+        parts: Number of detail maps in training mode; in evaluation mode there are none.
+
+    Raises:
+        ValueError: An unknown name, or a scale that the formula does not have.
     """
 
     def __init__(
@@ -134,32 +170,47 @@ class TrilinearAttention(nn.Module):
         spatial_scale: float = 7.0,
         relation_scale: float = 1.0,
         selection: str = "random",
+        parts: int = 1,
+        reduction: str = "mean",
     ) -> None:
         super().__init__()
-        if normalization not in _RELATIONS:
+        if normalization not in _FORMULAS:
             raise unknown("normalization", normalization, NORMALIZATIONS)
         if selection not in _SELECTIONS:
             raise unknown("selection", selection, SELECTIONS)
+        if reduction not in _REDUCTIONS:
+            raise unknown("reduction", reduction, REDUCTIONS)
+        if reduction == "sum":
+            raise UserError("reduction='sum' has no effect: the sampler divides by the total. Use 'mean'.")
+        no_effect(
+            trilinear_attention,
+            dict(spatial_scale=spatial_scale, relation_scale=relation_scale),
+            f"normalization={normalization!r}",
+            except_for=_FORMULAS[normalization].scales,
+        )
         self.normalization = normalization
         self.spatial_scale = spatial_scale
         self.relation_scale = relation_scale
         self.selection = selection
+        self.parts = parts
+        self.reduction = reduction
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        with _no_autocast(features.device):
+        with no_autocast(features.device):
             return structure_and_detail_maps(
                 features.detach(),
                 normalization=self.normalization,
                 spatial_scale=self.spatial_scale,
                 relation_scale=self.relation_scale,
                 selection=self.selection,
-                parts=1 if self.training else 0,
+                parts=self.parts if self.training else 0,
+                reduction=self.reduction,
             )
 
     def extra_repr(self) -> str:
         return (
             f"{self.normalization}, spatial_scale={self.spatial_scale}, relation_scale={self.relation_scale}, "
-            f"selection={self.selection}"
+            f"selection={self.selection}, parts={self.parts}, reduction={self.reduction}"
         )
 
 
@@ -174,9 +225,9 @@ def _softmax(scale: float) -> Norm:
 
 
 def _relation(x: Tensor, normalization: str, spatial_scale: float, relation_scale: float) -> Tensor:
-    if normalization not in _RELATIONS:
+    if normalization not in _FORMULAS:
         raise unknown("normalization", normalization, NORMALIZATIONS)
-    return _RELATIONS[normalization](x, _softmax(spatial_scale), _softmax(relation_scale))
+    return _FORMULAS[normalization].relation(x, _softmax(spatial_scale), _softmax(relation_scale))
 
 
 def _distinct_maps(x: Tensor, normalization: str) -> Tensor:
@@ -203,10 +254,3 @@ def _draw(weights: Tensor, count: int, generator: torch.Generator | None) -> Ten
     """
     race = -torch.rand(weights.shape, generator=generator, device=weights.device, dtype=weights.dtype).log()
     return (weights / race).topk(count, dim=1).indices
-
-
-def _no_autocast(device: torch.device) -> AbstractContextManager:
-    # Under autocast the products would be done in bf16 whatever the dtype of their inputs: 3 digits for a softmax.
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()  # the meta device, on which timm builds models to look at them

@@ -10,6 +10,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cf
 from torch import Tensor, nn
 
 from .attention_net import PRESETS, backbone_cfg
+from .classifier import SECOND_ORDER, BackboneClassifier
 from .errors import UserError
 from .tasn import TASN
 
@@ -47,20 +48,22 @@ def starting_cfg(backbone: str, sample_size: int | tuple[int, int] = 224) -> dic
         backbone: timm model, with or without the tag of its weights.
         sample_size: Pixels of the sampled images, one number or (H', W'); the input is 512 / 224 of it, as published.
     """
-    cfg = backbone_cfg(backbone)
     sample_size = to_2tuple(sample_size)
-    return dict(
-        **dict(hf_hub_id=cfg.hf_hub_id) if cfg.hf_hub_id else dict(url=cfg.url),
+    return _weights_cfg(backbone) | dict(
         input_size=(3, *(round(side * 512 / 224) for side in sample_size)),
         min_input_size=(3, *sample_size),
-        pool_size=cfg.pool_size,
         crop_pct=1.0,
         interpolation="bicubic",
-        mean=cfg.mean,
-        std=cfg.std,
         classifier=("heads.shared", "heads.master", "heads.part", "attention_net.classifier"),
-        license=cfg.license,
     )
+
+
+def _weights_cfg(backbone: str) -> dict:
+    """What a default_cfg says of a backbone's own weights, and of a plain classifier on it."""
+    cfg = backbone_cfg(backbone)
+    source = dict(hf_hub_id=cfg.hf_hub_id) if cfg.hf_hub_id else dict(url=cfg.url)
+    names = ("input_size", "pool_size", "crop_pct", "interpolation", "mean", "std", "license")
+    return source | {name: getattr(cfg, name) for name in names} | dict(classifier="heads.shared")
 
 
 default_cfgs = generate_default_cfgs(
@@ -69,11 +72,14 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_tasn(variant: str, pretrained: bool, backbone: str, **kwargs) -> TASN:
+    return _build(TASN, variant, pretrained, backbone=backbone, **kwargs)
+
+
+def _build(cls: type[BackboneClassifier], variant: str, pretrained: bool, **kwargs) -> BackboneClassifier:
     return build_model_with_cfg(
-        TASN,
+        cls,
         variant,
         pretrained,
-        backbone=backbone,
         feature_cfg=dict(out_indices=None, feature_cls="getter"),
         pretrained_filter_fn=partial(_weights_filter, cache_dir=kwargs.get("cache_dir")),
         **kwargs,
@@ -81,20 +87,20 @@ def _create_tasn(variant: str, pretrained: bool, backbone: str, **kwargs) -> TAS
 
 
 def _weights_filter(
-    state_dict: dict[str, Tensor], model: TASN, cache_dir: str | Path | None = None
+    state_dict: dict[str, Tensor], model: BackboneClassifier, cache_dir: str | Path | None = None
 ) -> dict[str, Tensor]:
-    """Weights of a TASN as they are; weights of its backbone alone become a starting point.
+    """Weights of one of our models as they are; weights of its backbone alone become a starting point.
 
     A starting point has the backbone's weights, those of the attention net's backbone from its own repository, and new
-    classifiers and dilated convolutions.
+    classifiers, dilated convolutions and second-order pooling.
     """
-    if any(key.startswith("attention_net.") for key in state_dict):
+    if any(key.startswith("backbone.") for key in state_dict):
         return state_dict
     start = model.state_dict()
-    for prefix, part, weights in (
-        ("backbone.", model.backbone, state_dict),
-        ("attention_net.trunk.", model.attention_net.trunk, None),
-    ):
+    parts = [("backbone.", model.backbone, state_dict)]
+    if isinstance(model, TASN):
+        parts.append(("attention_net.trunk.", model.attention_net.trunk, None))
+    for prefix, part, weights in parts:
         start.update({prefix + key: value for key, value in _pretrained_state(part, weights, cache_dir).items()})
     return start
 
@@ -122,15 +128,28 @@ def _pretrained_state(part: nn.Module, weights: dict[str, Tensor] | None, cache_
 @register_model
 def tasn(pretrained: bool = False, backbone: str = "resnet50", **kwargs) -> TASN:
     """TASN on any timm backbone: `timm.create_model("tasn", backbone="convnext_tiny", num_classes=200)`."""
-    cfg = kwargs.pop("pretrained_cfg", None)
-    if isinstance(cfg, str):
-        raise UserError(f"tasn has no tag {cfg!r}: give the backbone's, as in backbone='resnet50.a1_in1k'.")
-    if isinstance(cfg, PretrainedCfg):
-        cfg = cfg.to_dict()
-    kwargs["pretrained_cfg"] = cfg or dict(
+    kwargs["pretrained_cfg"] = _given_cfg("tasn", kwargs) or dict(
         architecture="tasn", **starting_cfg(backbone, kwargs.get("sample_size", 224))
     )
     return _create_tasn("tasn", pretrained, backbone, **kwargs)
+
+
+@register_model
+def isqrt_cov(pretrained: bool = False, backbone: str = "resnet50", **kwargs) -> BackboneClassifier:
+    """Any timm backbone with second-order pooling (Table 7) and nothing else: no attention, no sampling."""
+    kwargs["pretrained_cfg"] = _given_cfg("isqrt_cov", kwargs) or dict(
+        architecture="isqrt_cov", **_weights_cfg(backbone)
+    )
+    kwargs.setdefault("global_pool", SECOND_ORDER)
+    return _build(BackboneClassifier, "isqrt_cov", pretrained, backbone=backbone, **kwargs)
+
+
+def _given_cfg(architecture: str, kwargs: dict) -> dict | None:
+    """timm's argument pretrained_cfg, for an architecture whose own depends on its backbone."""
+    cfg = kwargs.get("pretrained_cfg")
+    if isinstance(cfg, str):
+        raise UserError(f"{architecture} has no tag {cfg!r}: give the backbone's, as in backbone='resnet50.a1_in1k'.")
+    return cfg.to_dict() if isinstance(cfg, PretrainedCfg) else cfg
 
 
 @register_model

@@ -1,0 +1,190 @@
+"""A timm backbone with our choice of pooling and classifiers, and what timm expects of a model."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from .attention_net import create_backbone, stem_convolutions
+from .errors import UserError, no_effect
+from .heads import Heads, SecondOrderPool
+
+SECOND_ORDER = "isqrt_cov"
+
+
+class BackboneClassifier(nn.Module):
+    """A plain classifier: image (B, 3, H, W) -> backbone -> pooling -> logits (B, K). `TASN` is one, too.
+
+    Args:
+        backbone: timm model, optionally with the tag of its weights.
+        num_classes: K; 0 for pooled features (B, D) in place of logits.
+        in_chans: Channels of the image.
+        global_pool: The backbone's pooling, None for its own, or "isqrt_cov" for `SecondOrderPool`.
+        drop_rate: Dropout of the backbone, where it pools.
+        drop_path_rate: Stochastic depth in the backbone, where it has it.
+        img_size: (H, W) in pixels, for backbones of a fixed input size.
+        heads: Classifiers, see `heads.HEADS`.
+        pool_args: Arguments of `SecondOrderPool`: channels, iterations.
+        backbone_args: More arguments of the backbone.
+        front: Modules by name that make the picture which the backbone sees. They are registered first: timm's adaptive
+            gradient clipping leaves out the last parameters, which have to be a classifier's.
+
+    Raises:
+        ValueError: Unknown backbone, arguments that it does not take, or second-order pooling where it mixes features
+            in its head.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet50",
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        *,
+        img_size: tuple[int, int] = (224, 224),
+        heads: str = "shared",
+        pool_args: dict | None = None,
+        backbone_args: dict | None = None,
+        front: dict[str, nn.Module] | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        for name, module in (front or {}).items():
+            self.add_module(name, module)
+        dd = dict(device=device, dtype=dtype)
+        second_order = global_pool == SECOND_ORDER
+        if not second_order:
+            no_effect(BackboneClassifier, dict(pool_args=pool_args), f"global_pool={global_pool!r}")
+        elif drop_rate:
+            raise UserError(f"drop_rate={drop_rate} has no effect with global_pool={SECOND_ORDER!r}: leave out one.")
+        self.backbone = create_backbone(
+            backbone,
+            img_size,
+            num_classes=0,
+            in_chans=in_chans,
+            global_pool="" if second_order else global_pool,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate or None,  # not every timm model has it
+            **(backbone_args or {}),
+            **dd,
+        )
+        self.pool_args = pool_args or {}
+        self.pool = self._second_order_pool() if second_order else nn.Identity()
+        self.heads = Heads(heads, self.head_hidden_size, num_classes, **dd)
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        # What timm adapts to another number of channels when it loads weights.
+        self._traits = dict(first_conv=tuple(f"backbone.{name}" for name in stem_convolutions(self.backbone)))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.heads(self.embed(image))
+
+    def embed(self, image: Tensor) -> Tensor:
+        """Pooled features (B, D) of an image as the backbone sees it."""
+        return self._pool(self.backbone(image))
+
+    def sample(self, image: Tensor) -> Tensor:
+        """What the backbone sees of an image: all of it. `TASN` samples."""
+        return image
+
+    @property
+    def num_features(self) -> int:
+        return self.backbone.num_features
+
+    @property
+    def head_hidden_size(self) -> int:
+        return getattr(self.pool, "num_features", self.backbone.head_hidden_size)
+
+    @property
+    def feature_info(self) -> list[dict]:
+        return self.backbone.feature_info
+
+    @property
+    def global_pool(self) -> str | nn.Module | None:
+        if isinstance(self.pool, SecondOrderPool):
+            return SECOND_ORDER
+        head = getattr(self.backbone, "head", None)
+        return getattr(head, "global_pool", None) or getattr(self.backbone, "global_pool", None)
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        """The backbone's features before pooling."""
+        return self.backbone.forward_features(self.sample(image))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool and classify `forward_features`; pooled features (B, D) with `pre_logits`."""
+        pooled = self._pool(self.backbone.forward_head(x))
+        return pooled if pre_logits else self.heads(pooled)
+
+    def forward_intermediates(self, image: Tensor, *args, **kwargs) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The backbone's `forward_intermediates`, with its arguments."""
+        return self.backbone.forward_intermediates(self.sample(image), *args, **kwargs)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """The backbone's method of that name, which with `prune_head` leaves no pooling and no classifiers."""
+        taken = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
+        if prune_head:
+            self.pool = nn.Identity()
+            self.reset_classifier(0)
+        return taken
+
+    def get_classifier(self) -> nn.Module:
+        """The predicting classifier."""
+        return self.heads.predictor
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace all classifiers by new ones, 0 for none, and the pooling where one is given."""
+        if global_pool == SECOND_ORDER:
+            self.backbone.reset_classifier(0, "")
+            self.pool = self._second_order_pool().train(self.training)
+        elif global_pool is not None:
+            self.backbone.reset_classifier(0, global_pool)
+            self.pool = nn.Identity()
+        self.num_classes = num_classes
+        like = next(self.backbone.parameters())
+        self.heads = Heads(self.heads.heads, self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
+        self.heads.train(self.training)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's activations in the backward pass to save memory."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that the backbone does not want decayed."""
+        inner = getattr(self.backbone, "no_weight_decay", set)
+        return {f"backbone.{name}" for name in inner()}
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Layers for layer-wise learning rates: the backbone's own, then pooling and heads."""
+        return {name: _prefixed(pattern) for name, pattern in self.backbone.group_matcher(coarse).items()}
+
+    def _pool(self, x: Tensor) -> Tensor:
+        """Pooled features (B, D) of what the backbone returns, which is unpooled with second-order pooling."""
+        if not isinstance(self.pool, SecondOrderPool):
+            return x
+        if x.ndim == 3:  # tokens (B, N, C), class tokens and registers first
+            x = x[:, getattr(self.backbone, "num_prefix_tokens", 0) :].mT
+        elif getattr(self.backbone, "output_fmt", "NCHW") == "NHWC":
+            x = x.flatten(1, 2).mT
+        return self.pool(x.flatten(2))  # (B, C, N) -> (B, D)
+
+    def _second_order_pool(self) -> SecondOrderPool:
+        width, hidden = self.backbone.num_features, self.backbone.head_hidden_size
+        if width != hidden:
+            raise UserError(
+                f"global_pool={SECOND_ORDER!r} needs feature maps, but the head of "
+                f"{self.backbone.pretrained_cfg['architecture']} mixes them ({width} to {hidden} features): use a "
+                f"backbone that only pools, such as resnet50 or convnext_tiny."
+            )
+        like = next(self.backbone.parameters())
+        return SecondOrderPool(width, **self.pool_args, device=like.device, dtype=like.dtype)
+
+
+def _prefixed(pattern: str | Sequence[tuple]) -> str | list[tuple]:
+    """timm's matcher patterns, "^stem" or [("^stage", None), ...], for parameters that now begin with "backbone."."""
+    if isinstance(pattern, str):
+        return r"^backbone\." + pattern.removeprefix("^")
+    return [(r"^backbone\." + regex.removeprefix("^"), suffix) for regex, suffix in pattern]
