@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import UserError, no_effect, unknown
+from .precision import no_autocast
 
 # How a map becomes a distribution over one axis: its maximum (Eq. 4) or sum over the other axis.
 _MARGINALS: dict[str, Callable[[Tensor, int], Tensor]] = {"max": torch.amax, "sum": torch.sum}
@@ -101,10 +102,11 @@ def saliency_grid(attention: Tensor, output_size: int | tuple[int, int], *, sigm
     away from the edges of the image, and positions outside are moved to the edge.
 
     SSN evaluates this on 31 x 31 positions and enlarges the result bilinearly; here it is exact at every pixel, as the
-    Gaussian is separable: three products of matrices.
+    Gaussian is separable: three products of matrices. A flat map is a plain resize as long as the window is as wide as
+    a cell of the map.
 
     Args:
-        attention: As in `attention_grid`, but used at the resolution given.
+        attention: As in `attention_grid`, at its own resolution.
         output_size: H' and W' of the sampled image, in pixels.
         sigma: Of the Gaussian, as a fraction of the image's side. The default is SSN's published code, a full width at
             half maximum of 13 of 31 cells.
@@ -118,9 +120,10 @@ def saliency_grid(attention: Tensor, output_size: int | tuple[int, int], *, sigm
     kernel_y, rows, margin_y = _gaussian(height, attention.shape[1], sigma, attention)
     kernel_x, columns, margin_x = _gaussian(width, attention.shape[2], sigma, attention)
     saliency = F.pad(attention, (margin_x, margin_x, margin_y, margin_y), mode="replicate")
-    mass = kernel_y @ saliency @ kernel_x.mT  # (B, H', W')
-    x = kernel_y @ saliency @ (kernel_x * columns).mT / mass
-    y = (kernel_y * rows) @ saliency @ kernel_x.mT / mass
+    with no_autocast(attention.device):
+        mass = kernel_y @ saliency @ kernel_x.mT  # (B, H', W')
+        x = kernel_y @ saliency @ (kernel_x * columns).mT / mass
+        y = (kernel_y * rows) @ saliency @ kernel_x.mT / mass
     return _grid(x, y)
 
 
@@ -132,21 +135,23 @@ def uniform_grid(
     The map is binarised, and the smallest box around what is left is sampled evenly. The paper gives no threshold.
 
     Args:
-        attention: As in `attention_grid`, but used at the resolution given: the box ends between its cells.
+        attention: As in `attention_grid`, at its own resolution: the box ends between its cells.
         output_size: H' and W' of the sampled image, in pixels.
-        threshold: Cells above so many times the map's mean are inside. Where none is, the box is the whole image.
+        threshold: Cells above so many times the map's mean are inside; 0 or more. Where none is, the box is the whole
+            image.
         max_zoom: The box is at least the image's side over this along each axis; at least 1, None for no bound.
 
     Returns:
         As `attention_grid`.
     """
     _check_max_zoom(max_zoom)
+    _check_threshold(threshold)
     attention = _finite(attention)
     inside = attention > threshold * attention.mean((1, 2), keepdim=True)
     least = 1 / max_zoom if max_zoom is not None else 0.0
     height, width = to_2tuple(output_size)
-    x = _box_positions(inside.any(1), width, least).to(attention.dtype)
-    y = _box_positions(inside.any(2), height, least).to(attention.dtype)
+    x = _box_positions(inside.any(1).to(attention), width, least)
+    y = _box_positions(inside.any(2).to(attention), height, least)
     return _grid(x[:, None, :], y[:, :, None])
 
 
@@ -191,8 +196,6 @@ def axis_densities(
     Returns:
         Densities over x (B, W) and over y (B, H), non-negative, of mean 1.
     """
-    if attention.ndim != 3:
-        raise UserError(f"attention must be (B, h, w), got {attention.ndim} dimensions {tuple(attention.shape)}.")
     if marginal not in _MARGINALS:
         raise unknown("marginal", marginal, MARGINALS)
     attention = _finite(attention)
@@ -269,7 +272,7 @@ class _Sampler(NamedTuple):
     options: tuple[str, ...]  # what of AttentionSampler's settings it takes
 
 
-# Rows of Table 3. Only the first one needs a finer map than it gets: its densities are piecewise constant.
+# Rows of Table 3. The first one takes the map as resized to the image, as the published code does.
 _SAMPLERS = {
     "attention": _Sampler(attention_grid, ("max_zoom", "iterations", "marginal", "size")),
     "saliency": _Sampler(saliency_grid, ("sigma",)),
@@ -316,6 +319,7 @@ class AttentionSampler(nn.Module):
             raise unknown("marginal", marginal, MARGINALS)
         _check_max_zoom(max_zoom)
         _check_sigma(sigma)
+        _check_threshold(threshold)
         self.output_size = to_2tuple(output_size)
         self.shape = shape
         self.sampler = sampler
@@ -341,7 +345,8 @@ class AttentionSampler(nn.Module):
         return sample(image, self.grid(attention, image_size))
 
     def extra_repr(self) -> str:
-        settings = "".join(f", {name}={value}" for name, value in self.settings.items())
+        options = _SAMPLERS[self.sampler].options
+        settings = "".join(f", {name}={value}" for name, value in self.settings.items() if name in options)
         return f"{self.sampler}, output_size={self.output_size}, shape={self.shape}{settings}"
 
 
@@ -355,6 +360,11 @@ def _check_sigma(sigma: float) -> None:
         raise UserError(f"sigma must be greater than 0, as a fraction of the image's side; got {sigma}.")
 
 
+def _check_threshold(threshold: float) -> None:
+    if not 0 <= threshold < math.inf:
+        raise UserError(f"threshold must be 0 or more, in means of the map; got {threshold}.")
+
+
 def _grid(x: Tensor, y: Tensor) -> Tensor:
     """Positions in [0, 1], (B, H' or 1, W' or 1) each, as (B, H', W', 2) in [-1, 1]."""
     return 2 * torch.stack(torch.broadcast_tensors(x, y), dim=-1).clamp(0, 1) - 1
@@ -364,34 +374,36 @@ def _gaussian(count: int, cells: int, sigma: float, like: Tensor) -> tuple[Tenso
     """One axis of a Gaussian window between output pixels and the cells of a map with a margin around it.
 
     Returns:
-        Weights (count, n) for n = cells + 2 * margin; positions (n,) of the cells, 0 to 1 on the map; the margin.
+        Weights (count, n) of sum 1, n = cells + 2 * margin; positions (n,) of the cells, 0 to 1 on the map; margin.
     """
     margin = math.ceil(5 * sigma * cells)  # beyond 5 sigma the window is below 4e-6
     factory = dict(device=like.device, dtype=like.dtype)
     positions = (torch.arange(-margin, cells + margin, **factory) + 0.5) / cells
     pixels = (torch.arange(count, **factory) + 0.5) / count
-    return (-0.5 * ((positions - pixels[:, None]) / sigma).square()).exp(), positions, margin
+    # A softmax: divided by the sum, a window much narrower than a cell keeps the cells that are nearest.
+    return (-0.5 * ((positions - pixels[:, None]) / sigma).square()).softmax(1), positions, margin
 
 
 def _box_positions(inside: Tensor, count: int, least: float) -> Tensor:
     """Even positions (B, count) in [0, 1] over the cells (B, n) from the first to the last one inside.
 
     Args:
-        inside: True where a cell belongs to the box; where none does, all do.
+        inside: 1 where a cell belongs to the box, else 0; where none does, all do.
         count: Number of positions.
         least: Smallest length of the box, which is kept within [0, 1].
     """
-    inside = (inside | ~inside.any(1, keepdim=True)).to(torch.uint8)
-    cells = inside.shape[1]
-    start = inside.argmax(1, keepdim=True) / cells
-    end = 1 - inside.flip(1).argmax(1, keepdim=True) / cells
+    cells = inside.shape[1]  # without any inside, argmax is 0 from both ends: all of them
+    start = inside.argmax(1, keepdim=True).to(inside) / cells
+    end = 1 - inside.flip(1).argmax(1, keepdim=True).to(inside) / cells
     length = (end - start).clamp(min=least)
     start = torch.minimum(((start + end - length) / 2).clamp(min=0), 1 - length)
-    return start + length * (torch.arange(count, device=inside.device) + 0.5) / count
+    return start + length * (torch.arange(count, device=inside.device, dtype=inside.dtype) + 0.5) / count
 
 
 def _finite(attention: Tensor) -> Tensor:
     """Non-negative maps with a maximum of 1 (or 0) each, so that no later sum overflows; in float32 at least."""
+    if attention.ndim != 3:
+        raise UserError(f"attention must be (B, h, w), got {attention.ndim} dimensions {tuple(attention.shape)}.")
     attention = attention.to(torch.promote_types(attention.dtype, torch.float32))
     attention = attention.nan_to_num(nan=0.0).clamp(min=0)  # infinity becomes the largest number
     peak = attention.amax((1, 2), keepdim=True)

@@ -115,8 +115,8 @@ def structure_and_detail_maps(
         normalization, spatial_scale, relation_scale: As in `trilinear_attention`.
         selection: How the detail maps are chosen among an image's distinct maps: "random", all alike (the paper), or
             "ranked", in proportion to their mean response (Sec. 4.2).
-        parts: Number of detail maps per image, 0 to C (to hw for "self_attention"). None comes twice as long as there are as many distinct maps. 0
-            draws no random numbers.
+        parts: Number of detail maps per image, 0 to M: C, or hw for "self_attention". None comes twice as long as there
+            are as many distinct maps. 0 draws no random numbers.
         reduction: Structure map as the "mean" or "sum" of the distinct maps, or as the mean of all ("mean_all").
         generator: Source of the random choice, on the device of the features. None: torch's global one.
 
@@ -129,7 +129,7 @@ def structure_and_detail_maps(
         raise unknown("reduction", reduction, REDUCTIONS)
     x = _as_matrix(features)
     relation = _relation(x, normalization, spatial_scale, relation_scale)  # (B, M, C)
-    if parts > relation.shape[1]:
+    if not 0 <= parts <= relation.shape[1]:
         raise UserError(f"parts is {parts}, but there are {relation.shape[1]} maps: use at most as many.")
     distinct = _distinct_maps(x, normalization)  # (B, M)
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tasn_timm.attention_sampler import (
+    SAMPLERS,
     SHAPES,
     AttentionSampler,
     attention_grid,
@@ -14,8 +15,10 @@ from tasn_timm.attention_sampler import (
     axis_densities,
     balance_axes,
     inverse_distribution,
+    saliency_grid,
     sample,
     shape_map,
+    uniform_grid,
 )
 
 UNCAPPED = dict(max_zoom=None)
@@ -55,6 +58,48 @@ def loop_grid(attention, output_size, max_zoom=4.0, iterations=5, marginal="max"
     x, y = loop_balance(x, y, max_zoom, iterations)
     columns, rows = loop_inverse(x, output_size[1]), loop_inverse(y, output_size[0])
     return torch.tensor([[(2 * c - 1, 2 * r - 1) for c in columns] for r in rows], dtype=torch.float64)
+
+
+def loop_saliency(attention, output_size, sigma, margins):
+    """SSN's weighted mean position over all cells, one by one: a 2-D Gaussian, the map's border cells repeated."""
+    (height, width), (margin_y, margin_x) = (len(attention), len(attention[0])), margins
+    cells = [
+        ((r + 0.5) / height, (c + 0.5) / width, attention[min(max(r, 0), height - 1)][min(max(c, 0), width - 1)])
+        for r in range(-margin_y, height + margin_y)
+        for c in range(-margin_x, width + margin_x)
+    ]
+    grid = torch.empty(*output_size, 2, dtype=torch.float64)
+    for i in range(output_size[0]):
+        for j in range(output_size[1]):
+            y, x = (i + 0.5) / output_size[0], (j + 0.5) / output_size[1]
+            weights = [a * math.exp(-((v - y) ** 2 + (u - x) ** 2) / (2 * sigma**2)) for v, u, a in cells]
+            for axis, place in ((0, 1), (1, 0)):  # x then y of the cells (y, x, value)
+                mean = math.fsum(w * cell[place] for w, cell in zip(weights, cells)) / math.fsum(weights)
+                grid[i, j, axis] = 2 * min(max(mean, 0.0), 1.0) - 1
+    return grid
+
+
+def loop_box(attention, threshold=1.0, max_zoom=4.0):
+    """(x0, x1, y0, y1) in [0, 1] of the box around the cells above the threshold, for one map as a list of rows."""
+    height, width = len(attention), len(attention[0])
+    level = threshold * math.fsum(map(math.fsum, attention)) / (height * width)
+    inside = [(i, j) for i in range(height) for j in range(width) if attention[i][j] > level]
+    inside = inside or [(0, 0), (height - 1, width - 1)]
+    box = []
+    for places, cells in (([j for _, j in inside], width), ([i for i, _ in inside], height)):
+        start, end = min(places) / cells, (max(places) + 1) / cells
+        if max_zoom is not None and end - start < 1 / max_zoom:
+            start = min(max((start + end - 1 / max_zoom) / 2, 0), 1 - 1 / max_zoom)
+            end = start + 1 / max_zoom
+        box += [start, end]
+    return box
+
+
+def box_grid(box, output_size):
+    x0, x1, y0, y1 = box
+    columns = [2 * (x0 + (x1 - x0) * (j + 0.5) / output_size[1]) - 1 for j in range(output_size[1])]
+    rows = [2 * (y0 + (y1 - y0) * (i + 0.5) / output_size[0]) - 1 for i in range(output_size[0])]
+    return torch.tensor([[(column, row) for column in columns] for row in rows], dtype=torch.float64)
 
 
 def peaked_maps(batch, height, width, seed=0, dtype=torch.float64):
@@ -267,20 +312,20 @@ def test_where_nothing_better_is_known_the_grid_is_uniform(name):
         torch.testing.assert_close(positions, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "name, same_as",
-    [
-        ("one_nan", with_cells(0.0, (2, 3), background=0.5)),
-        ("minus_inf", with_cells(0.0, (2, 3), background=0.5)),
-        ("one_inf", with_cells(1.0, (2, 3))),
-        ("two_inf", with_cells(1.0, (0, 0), (5, 8))),
-        ("denormal", with_cells(1.0, (2, 3))),
-        ("huge_and_denormal", with_cells(1.0, (2, 3))),
-        ("huge", peaked_maps(1, 6, 9, dtype=torch.float32)),
-        ("huge_double", peaked_maps(1, 6, 9)),
-        ("tiny", peaked_maps(1, 6, 9, dtype=torch.float32)),
-    ],
-)
+MEANINGS = [
+    ("one_nan", with_cells(0.0, (2, 3), background=0.5)),
+    ("minus_inf", with_cells(0.0, (2, 3), background=0.5)),
+    ("one_inf", with_cells(1.0, (2, 3))),
+    ("two_inf", with_cells(1.0, (0, 0), (5, 8))),
+    ("denormal", with_cells(1.0, (2, 3))),
+    ("huge_and_denormal", with_cells(1.0, (2, 3))),
+    ("huge", peaked_maps(1, 6, 9, dtype=torch.float32)),
+    ("huge_double", peaked_maps(1, 6, 9)),
+    ("tiny", peaked_maps(1, 6, 9, dtype=torch.float32)),
+]
+
+
+@pytest.mark.parametrize("name, same_as", MEANINGS)
 @pytest.mark.parametrize("marginal", ["max", "sum"])
 def test_awkward_values_count_as_what_they_mean(name, same_as, marginal):
     got = attention_grid(AWKWARD[name], (8, 10), max_zoom=None, marginal=marginal)
@@ -363,10 +408,11 @@ def test_low_precision_images_are_sampled_in_float32(dtype):
     assert torch.equal(attention_sample(image, attention, 24), sampled)
 
 
-def test_autocast_changes_nothing():
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_autocast_changes_nothing(sampler):
     image = torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(0))
     attention = peaked_maps(1, 7, 7, dtype=torch.float32)
-    sampler = AttentionSampler(24)
+    sampler = AttentionSampler(24, sampler=sampler)
     expected = sampler(image, attention)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = sampler(image, attention)
@@ -415,7 +461,9 @@ def test_a_max_zoom_below_one_is_refused(max_zoom):
         lambda: attention_grid(attention, 8, max_zoom=max_zoom),
         lambda: attention_sample(torch.rand(1, 3, 9, 9), attention, 8, max_zoom=max_zoom),
         lambda: balance_axes(torch.ones(1, 4), torch.ones(1, 4), max_zoom),
+        lambda: uniform_grid(attention, 8, max_zoom=max_zoom),
         lambda: AttentionSampler(8, max_zoom=max_zoom),
+        lambda: AttentionSampler(8, max_zoom=max_zoom, sampler="uniform"),
     ):
         with pytest.raises(ValueError, match=f"max_zoom.*at least 1.*{max_zoom}"):
             call()
@@ -432,11 +480,14 @@ def test_unknown_names_are_told_with_what_is_allowed():
             call()
     with pytest.raises(ValueError, match=r"map shape 'sqare'.*did you mean 'square'"):
         shape_map(attention, "sqare")
+    with pytest.raises(ValueError, match=r"sampler 'salience'.*did you mean 'saliency'"):
+        AttentionSampler(8, sampler="salience")
 
 
-def test_a_map_with_a_channel_axis_is_refused():
+@pytest.mark.parametrize("function", [attention_grid, saliency_grid, uniform_grid])
+def test_a_map_with_a_channel_axis_is_refused(function):
     with pytest.raises(ValueError, match=r"\(B, h, w\).*4 dimensions"):
-        attention_grid(torch.rand(1, 1, 4, 4), 8)
+        function(torch.rand(1, 1, 4, 4), 8)
 
 
 def loop_flat_top(cells):
@@ -497,3 +548,270 @@ def test_the_image_gets_the_gradient_of_a_bilinear_average():
     torch.testing.assert_close((image.grad * image).sum(), (sampled * weight).sum())
     torch.testing.assert_close(image.grad.sum((2, 3)), weight.sum((2, 3)))
     assert (image.grad >= 0).all()
+
+
+@pytest.mark.parametrize("marginal", ["max", "sum"])
+@pytest.mark.parametrize("size", [(5, 7), (40, 31), (3, 20)], ids=str)
+def test_attention_grid_at_a_size_takes_the_densities_of_that_size(size, marginal):
+    maps = peaked_maps(2, 5, 7)
+    density_x, density_y = balance_axes(*axis_densities(maps, size, marginal=marginal), 2.0, 3)
+    x, y = inverse_distribution(density_x, 9), inverse_distribution(density_y, 6)
+    grid = attention_grid(maps, (6, 9), max_zoom=2.0, iterations=3, marginal=marginal, size=size)
+    got_x, got_y = axis_positions(grid)
+    torch.testing.assert_close(got_x, 2 * x - 1, rtol=0, atol=1e-12)
+    torch.testing.assert_close(got_y, 2 * y - 1, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.178, 0.4])
+@pytest.mark.parametrize("size, output_size", [((4, 6), (5, 3)), ((5, 5), (4, 4)), ((7, 2), (2, 6))], ids=str)
+def test_saliency_grid_equals_the_loops(size, output_size, sigma):
+    maps = peaked_maps(2, *size)
+    grid = saliency_grid(maps, output_size, sigma=sigma)
+    for reach, atol in ((5, 1e-12), (8, 1e-5)):  # what lies beyond 5 sigma does not matter
+        margins = [math.ceil(reach * sigma * cells) for cells in size]
+        expected = torch.stack([loop_saliency(m.tolist(), output_size, sigma, margins) for m in maps])
+        torch.testing.assert_close(grid, expected, rtol=0, atol=atol)
+
+
+def test_saliency_grid_equals_the_published_code_at_its_31_positions():
+    """recasens/Saliency-Sampler, saliency_sampler.py: create_grid, which calls the first cell 0 and the last one 1."""
+    cells, padding, full_width = 31, 30, 13
+    maps = torch.cat([peaked_maps(2, cells, cells), spot(cells, cells, at=(9, 24), sigma=(2, 3))])
+    offsets = torch.arange(2 * padding + 1, dtype=torch.float64) - padding
+    kernel = (-4 * math.log(2) * (offsets[:, None] ** 2 + offsets**2) / full_width**2).exp()[None, None]
+    padded = F.pad(maps[:, None], (padding,) * 4, mode="replicate")
+    place = (torch.arange(cells + 2 * padding, dtype=torch.float64) - padding) / (cells - 1)
+    mass, x, y = (F.conv2d(padded * factor, kernel)[:, 0] for factor in (1, place, place[:, None]))
+    expected = torch.stack([x / mass, y / mass], dim=-1).clamp(0, 1) * (cells - 1)  # in cells
+
+    sigma = full_width / (2 * math.sqrt(2 * math.log(2))) / cells
+    got = ((saliency_grid(maps, cells, sigma=sigma) + 1) / 2 * cells - 0.5).clamp(0, cells - 1)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+    assert sigma == pytest.approx(0.178, abs=5e-4)
+    assert torch.equal(saliency_grid(maps, 20), saliency_grid(maps, (20, 20), sigma=0.178))
+
+
+@pytest.mark.parametrize("output_size", [(24, 20), (5, 7), (11, 11)], ids=str)
+@pytest.mark.parametrize("map_size", [(7, 7), (14, 9)], ids=str)
+@pytest.mark.parametrize("value", [0.0, 0.3])
+@pytest.mark.parametrize("function", [saliency_grid, uniform_grid])
+def test_flat_map_is_an_ordinary_resize_with_the_other_samplers(function, value, map_size, output_size):
+    image = torch.rand(2, 3, 12, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    flat = torch.full((2, *map_size), value, dtype=torch.float64)
+    sampled = sample(image, function(flat, output_size))
+    torch.testing.assert_close(sampled, resize(image, output_size), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [saliency_grid, uniform_grid])
+def test_mirroring_and_transposing_a_map_does_so_to_the_other_samplers(function):
+    maps = peaked_maps(3, 6, 9)
+    grid = function(maps, (5, 8))
+    factors = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(function(maps.flip(2), (5, 8)), grid.flip(2) * factors, rtol=0, atol=1e-6)
+    torch.testing.assert_close(function(maps.flip(1), (5, 8)), grid.flip(1) * -factors, rtol=0, atol=1e-6)
+    swapped = function(maps.mT, (8, 5)).transpose(1, 2).flip(-1)
+    torch.testing.assert_close(swapped, grid, rtol=0, atol=1e-6)
+    torch.testing.assert_close(function(maps * 1e4, (5, 8)), grid, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("sigma", [0.01, 0.05, 0.178, 0.6])
+def test_saliency_grid_does_not_fold(sigma):
+    grid = saliency_grid(peaked_maps(5, 9, 6), (40, 30), sigma=sigma)
+    assert (grid[..., 0].diff(dim=2) >= -1e-12).all()  # x along a row
+    assert (grid[..., 1].diff(dim=1) >= -1e-12).all()  # y along a column
+
+
+def test_saliency_grid_bends_rows_and_magnifies_a_bright_spot_where_it_is():
+    grid = saliency_grid(spot(16, 16, at=(9, 5), sigma=(1.5, 1.5)) + 0.05, 128)
+    x, y = (2 * (center + 0.5) / 16 - 1 for center in (5, 9))
+    nearest = (grid[0] - torch.tensor([x, y], dtype=torch.float64)).norm(dim=-1).argmin().item()
+    row, column = divmod(nearest, 128)
+    for positions, center in ((grid[:, row, :, 0], x), (grid[:, :, column, 1], y)):
+        zoom = local_zoom(positions)[0]
+        assert zoom.max() > 2
+        assert zoom.min() < 1
+        assert positions[0, zoom.argmax()] == pytest.approx(center, abs=1 / 8)
+    assert (grid[0, :, 0, 0] - grid[0, row, 0, 0]).abs().max() > 0.1  # the left border is drawn in beside the spot
+
+
+@pytest.mark.parametrize("function", [saliency_grid, uniform_grid])
+def test_the_other_samplers_work_in_the_precision_of_the_maps_and_float32_at_least(function):
+    low = peaked_maps(2, 7, 7).bfloat16()
+    grid = function(low, 24)
+    assert grid.dtype == torch.float32
+    assert torch.equal(grid, function(low.float(), 24))
+
+    quantised = low.double()  # the same cells in both
+    torch.testing.assert_close(function(quantised, 24), grid.double(), rtol=0, atol=1e-5)
+    assert function(quantised, 24).dtype == torch.float64
+
+
+@pytest.mark.parametrize("sigma", [0, 0.0, -0.1, math.nan, math.inf])
+def test_a_sigma_that_is_not_a_width_is_refused(sigma):
+    for call in (
+        lambda: saliency_grid(torch.rand(1, 4, 4), 8, sigma=sigma),
+        lambda: AttentionSampler(8, sampler="saliency", sigma=sigma),
+    ):
+        with pytest.raises(ValueError, match=f"sigma.*greater than 0.*{sigma}"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "sampler, arguments",
+    [
+        ("saliency", {}),
+        ("saliency", dict(sigma=0.01)),
+        ("saliency", dict(sigma=2.0)),
+        ("uniform", {}),
+        ("uniform", dict(max_zoom=None, threshold=3.0)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", AWKWARD)
+def test_any_map_gives_positions_inside_the_image_with_the_other_samplers(name, sampler, arguments):
+    module = AttentionSampler((27, 45), sampler=sampler, **arguments)
+    image = torch.rand(1, 3, 54, 54, generator=torch.Generator().manual_seed(0))
+    grid = module.grid(AWKWARD[name], (54, 54))
+    assert grid.dtype == torch.promote_types(AWKWARD[name].dtype, torch.float32)
+    assert grid.isfinite().all()
+    assert grid.abs().max() <= 1
+    if sampler == "uniform":
+        for positions in axis_positions(grid):
+            assert (positions.diff(dim=1) > 0).all()
+    assert module(image, AWKWARD[name]).isfinite().all()
+
+
+@pytest.mark.parametrize("sigma", [1e-4, 0.001, 0.01])
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 7)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_window_narrower_than_a_cell_leaves_no_pixel_without_a_position(dtype, size, sigma):
+    one_hot = torch.zeros(1, *size, dtype=dtype)
+    one_hot[0, size[0] // 2, 0] = 1
+    for attention in (one_hot, torch.ones_like(one_hot)):
+        grid = saliency_grid(attention, (27, 45), sigma=sigma)
+        assert grid.isfinite().all()
+        assert grid.abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", ["no_mass", "negative", "all_nan", "nan_and_zero", "all_inf", "constant"])
+@pytest.mark.parametrize("function", [saliency_grid, uniform_grid])
+def test_where_nothing_better_is_known_the_other_samplers_are_uniform(function, name):
+    expected = box_grid([0, 1, 0, 1], (8, 10)).float()[None]
+    torch.testing.assert_close(function(AWKWARD[name], (8, 10)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, same_as", MEANINGS)
+@pytest.mark.parametrize("function", [saliency_grid, uniform_grid])
+def test_awkward_values_count_as_what_they_mean_for_the_other_samplers(function, name, same_as):
+    torch.testing.assert_close(
+        function(AWKWARD[name], (8, 10)), function(same_as, (8, 10)).to(AWKWARD[name].dtype), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("function", [saliency_grid, uniform_grid])
+def test_a_broken_map_leaves_the_others_alone_for_the_other_samplers(function):
+    good = peaked_maps(1, 6, 9, dtype=torch.float32)
+    broken = torch.cat([AWKWARD["all_nan"], good, AWKWARD["one_inf"]])
+    torch.testing.assert_close(function(broken, 8)[1:2], function(good, 8), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("output_size", [(16, 12), (8, 6), (7, 5), (3, 12)], ids=str)
+@pytest.mark.parametrize("filled", [True, False], ids=["rectangle", "two_corners"])
+def test_uniform_grid_is_a_crop_and_a_resize(filled, output_size):
+    """Outputs no larger than the crop, so that no position needs a pixel beside it."""
+    image = torch.rand(1, 3, 28, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    attention = torch.zeros(1, 7, 5, dtype=torch.float64)  # 4 x 4 pixels a cell
+    if filled:
+        attention[:, 2:6, 1:4] = 1
+    else:
+        attention[:, 2, 3] = attention[:, 5, 1] = 1
+    for max_zoom in (4.0, None):
+        sampled = sample(image, uniform_grid(attention, output_size, max_zoom=max_zoom))
+        expected = resize(image[:, :, 8:24, 4:16], output_size)
+        torch.testing.assert_close(sampled, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_zoom", [1.0, 1.5, 4.0, None])
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0, 6.0, 1e3])
+@pytest.mark.parametrize("size", [(5, 7), (8, 3), (1, 1), (12, 12)], ids=str)
+def test_uniform_grid_equals_the_loops(size, threshold, max_zoom):
+    maps = peaked_maps(4, *size)
+    grid = uniform_grid(maps, (4, 9), threshold=threshold, max_zoom=max_zoom)
+    for attention, got in zip(maps, grid):
+        expected = box_grid(loop_box(attention.tolist(), threshold, max_zoom), (4, 9))
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+def test_uniform_grid_of_float64_maps_has_float64_positions():
+    expected = box_grid([1 / 7, 3 / 7, 2 / 7, 6 / 7], (5, 6))
+    attention = torch.zeros(1, 7, 7, dtype=torch.float64)
+    attention[:, 2:6, 1:3] = 1
+    torch.testing.assert_close(uniform_grid(attention, (5, 6), max_zoom=None)[0], expected, rtol=0, atol=1e-12)
+
+
+def test_the_threshold_is_in_means_of_the_map():
+    attention = torch.tensor([[[0.0, 0, 0, 0], [1, 1, 1, 1], [1, 3, 5, 1], [0, 0, 0, 0]]])  # mean 14 / 16
+    for threshold, box in (
+        (0.0, [0, 1, 0.25, 0.75]),
+        (1.0, [0, 1, 0.25, 0.75]),
+        (1.2, [0.25, 0.75, 0.5, 0.75]),
+        (4.0, [0.5, 0.75, 0.5, 0.75]),
+        (6.0, [0, 1, 0, 1]),  # nothing left
+    ):
+        grid = uniform_grid(attention, (6, 8), threshold=threshold)[0]
+        torch.testing.assert_close(grid, box_grid(box, (6, 8)).float(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("max_zoom", [1.0, 1.6, 2.0, 5.0])
+def test_a_box_at_max_zoom_lies_around_its_cell_and_inside_the_image(max_zoom):
+    for cell in range(10):
+        single = torch.zeros(1, 10, 10, dtype=torch.float64)
+        single[0, 9 - cell, cell] = 1
+        for positions, place in zip(axis_positions(uniform_grid(single, 50, max_zoom=max_zoom)), (cell, 9 - cell)):
+            ends = (positions[0, [0, -1]] + positions.diff(dim=1)[0, [0, -1]] * torch.tensor([-0.5, 0.5])).tolist()
+            assert ends[1] - ends[0] == pytest.approx(2 / max_zoom, abs=1e-5)
+            assert min(ends) >= -1 - 1e-5 and max(ends) <= 1 + 1e-5
+            farthest = 1 - 1 / max_zoom  # of a center, before the box leaves the image
+            center = min(max(2 * (place + 0.5) / 10 - 1, -farthest), farthest)
+            assert sum(ends) / 2 == pytest.approx(center, abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "sampler, settings",
+    [
+        ("attention", {}),
+        ("attention", dict(max_zoom=2.0, iterations=2, marginal="sum")),
+        ("saliency", {}),
+        ("saliency", dict(sigma=0.1)),
+        ("uniform", {}),
+        ("uniform", dict(threshold=0.5, max_zoom=None)),
+    ],
+    ids=str,
+)
+def test_the_module_is_the_function_on_the_shaped_map(sampler, settings, shape):
+    image = torch.rand(2, 3, 35, 27, generator=torch.Generator().manual_seed(0))
+    maps = peaked_maps(2, 7, 9).float()
+    function = dict(attention=attention_grid, saliency=saliency_grid, uniform=uniform_grid)[sampler]
+    resolution = dict(size=(35, 27)) if sampler == "attention" else {}
+    expected = function(shape_map(maps, shape), (12, 15), **settings, **resolution)
+
+    module = AttentionSampler((12, 15), shape=shape, sampler=sampler, **settings)
+    assert torch.equal(module.grid(maps, (35, 27)), expected)
+    assert torch.equal(module(image, maps), sample(image, expected))
+    if sampler == "attention":
+        assert torch.equal(AttentionSampler((12, 15), shape=shape, **settings).grid(maps, (35, 27)), expected)
+
+
+OPTIONS = dict(max_zoom=None, iterations=2, marginal="sum", sigma=0.1, threshold=2.0)
+TAKEN = dict(attention=("max_zoom", "iterations", "marginal"), saliency=("sigma",), uniform=("threshold", "max_zoom"))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_setting_that_the_sampler_does_not_take_is_refused(sampler, name):
+    if name in TAKEN[sampler]:
+        AttentionSampler(8, sampler=sampler, **{name: OPTIONS[name]})
+        return
+    with pytest.raises(ValueError, match=f"{name}={OPTIONS[name]!r} has no effect with sampler='{sampler}'"):
+        AttentionSampler(8, sampler=sampler, **{name: OPTIONS[name]})

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from tasn_timm.attention_sampler import AttentionSampler
 from tasn_timm.trilinear_attention import (
     NORMALIZATIONS,
+    REDUCTIONS,
     SELECTIONS,
     TrilinearAttention,
     structure_and_detail_maps,
@@ -143,6 +145,58 @@ def test_structure_map_is_the_average_of_the_distinct_maps(normalization, level_
     assert detail.shape == (len(features), 0, H, W)
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_reductions_equal_loops_over_the_maps(normalization, reduction):
+    features = partly_dead_features(level_of_flat=0.5)
+    features[3] = 0  # else its maps, all flat, could be alike without being counted as one
+    features[0, 3] = features[0, 1]  # two channels that do respond, and alike: both count
+    settings = dict(normalization=normalization, **SCALES)
+    maps = trilinear_attention(features, **settings)
+    structure, _ = structure_and_detail_maps(features, reduction=reduction, parts=0, **settings)
+
+    for image in range(len(features)):
+        counted = range(len(maps[image])) if reduction == "mean_all" else distinct_indices(features[image], maps[image])
+        expected = torch.zeros(H, W, dtype=torch.float64)
+        for index in counted:
+            expected += maps[image, index]
+        if reduction != "sum":
+            expected /= len(counted)
+        torch.testing.assert_close(structure[image], expected, rtol=1e-11, atol=1e-13)
+
+
+def test_the_average_of_all_maps_counts_the_dead_ones():
+    features = partly_dead_features()
+    averages = {
+        reduction: structure_and_detail_maps(features, normalization="features", reduction=reduction, parts=0)[0]
+        for reduction in ("mean", "mean_all")
+    }
+    torch.testing.assert_close(averages["mean_all"], features.mean(1), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(averages["mean"][0], features[0].mean(0), rtol=1e-12, atol=1e-14)  # none is dead
+    torch.testing.assert_close(averages["mean"][1], features[1].sum(0) / 3, rtol=1e-12, atol=1e-14)  # 2 of 6 live
+
+
+def test_the_sampler_sees_no_difference_between_sum_and_mean():
+    features = partly_dead_features(level_of_flat=0.5)
+    image = torch.rand(4, 3, 16, 18, generator=seeded(), dtype=torch.float64)
+    sampled = {
+        reduction: AttentionSampler(8)(image, structure_and_detail_maps(features, reduction=reduction, parts=0)[0])
+        for reduction in REDUCTIONS
+    }
+    torch.testing.assert_close(sampled["sum"], sampled["mean"], rtol=0, atol=1e-11)
+    assert not torch.allclose(sampled["mean_all"], sampled["mean"], atol=1e-4)
+
+
+def test_the_reduction_leaves_the_detail_maps_alone():
+    features = partly_dead_features()
+    first, *others = (
+        structure_and_detail_maps(features, reduction=reduction, parts=2, generator=seeded())[1]
+        for reduction in REDUCTIONS
+    )
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("channels, counted", [((0, 2, 3, 5), 3), ((4,), 6), (range(6), 1), ((), 6)])
 def test_dead_channels_count_once(channels, counted):
     features = random_features(1, 6, H, W, seed=2).abs()
@@ -266,8 +320,9 @@ def test_the_module_ignores_autocast(normalization):
 
 
 def test_the_module_passes_its_settings_on():
-    settings = dict(normalization="spatial_relation", spatial_scale=2.5, relation_scale=3.0, selection="ranked")
+    settings = dict(normalization="spatial_relation", selection="ranked", parts=3, reduction="mean_all", **SCALES)
     features = random_features(8, 6, H, W)
+    features[:, [1, 4]] = 0
     torch.manual_seed(3)
     got = TrilinearAttention(**settings)(features)
     expected = structure_and_detail_maps(features, generator=seeded(3), **settings)
@@ -314,12 +369,64 @@ def test_an_unknown_selection_is_told_with_a_suggestion(parts):
         TrilinearAttention(selection="rankd")
 
 
+def test_an_unknown_reduction_is_told_with_a_suggestion():
+    for call in (
+        lambda: structure_and_detail_maps(random_features(1, 4, H, W), reduction="meanall"),
+        lambda: TrilinearAttention(reduction="meanall"),
+    ):
+        with pytest.raises(ValueError, match=r"reduction 'meanall'.*did you mean 'mean_all'"):
+            call()
+
+
+def test_the_module_refuses_the_sum_that_its_sampler_would_not_see():
+    with pytest.raises(ValueError, match="reduction='sum' has no effect.*'mean'"):
+        TrilinearAttention(reduction="sum")
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_a_scale_that_the_formula_does_not_have_is_refused(normalization, scale):
+    formula = dict(  # as printed in Table 2: which softmaxes are there
+        spatial=["spatial_scale"],
+        spatial_both=["spatial_scale"],
+        output=["relation_scale"],
+        relation=["relation_scale"],
+        spatial_relation=["spatial_scale", "relation_scale"],
+    )
+    if scale in formula.get(normalization, []):
+        assert getattr(TrilinearAttention(normalization, **{scale: SCALES[scale]}), scale) == SCALES[scale]
+        return
+    with pytest.raises(ValueError, match=f"{scale}={SCALES[scale]} has no effect with normalization='{normalization}'"):
+        TrilinearAttention(normalization, **{scale: SCALES[scale]})
+
+
 @pytest.mark.parametrize("function", [trilinear_attention, structure_and_detail_maps])
 def test_features_without_a_batch_are_told(function):
     with pytest.raises(ValueError, match=r"\(B, C, h, w\).*3 dimensions.*\(4, 2, 3\)"):
         function(random_features(4, H, W))
 
 
-def test_more_parts_than_channels_are_refused():
-    with pytest.raises(ValueError, match="parts is 5, but the features have 4 channels"):
-        structure_and_detail_maps(torch.rand(1, 4, 3, 3), parts=5)
+def test_two_parts_of_the_module_are_two_maps_in_training_and_none_in_evaluation():
+    module = TrilinearAttention(parts=2)
+    features = random_features(50, 4, H, W)
+    structure, detail = module(features)
+    assert detail.shape == (50, 2, H, W)
+    pairs = [match(pair, maps) for pair, maps in zip(detail, trilinear_attention(features))]
+    assert all(first != second for first, second in pairs)
+
+    in_evaluation, none = module.eval()(features)
+    assert torch.equal(in_evaluation, structure)
+    assert none.shape == (50, 0, H, W)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("channels", [4, 9])
+def test_there_are_as_many_parts_as_maps_and_no_more(channels, normalization):
+    features = random_features(1, channels, H, W)
+    count = H * W if normalization == "self_attention" else channels
+    maps = trilinear_attention(features, normalization=normalization)[0]
+    _, detail = structure_and_detail_maps(features, normalization=normalization, parts=count)
+    assert sorted(match(detail[0], maps)) == list(range(count))
+
+    with pytest.raises(ValueError, match=f"parts is {count + 1}, but there are {count} maps"):
+        structure_and_detail_maps(features, normalization=normalization, parts=count + 1)
