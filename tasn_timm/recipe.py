@@ -5,18 +5,19 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
-from timm.optim import list_optimizers
+from timm.optim import get_optimizer_info, list_optimizers
 from timm.utils import ParseKwargs
 
-from .errors import UserError, unknown
+from .errors import UserError, no_effect, unknown
 
 RECIPES = Path(__file__).parent / "recipes"
+BASES = RECIPES / "base"  # what recipes share; no recipes themselves
 
 
 def _option(default: Any, help: str) -> Any:
@@ -50,6 +51,7 @@ class Recipe:
     hflip: float = _option(0.5, "probability of a horizontal flip")
     degrees: float = _option(0.0, "largest random rotation in degrees")
     color_jitter: float = _option(0.0, "largest relative change of brightness, contrast and saturation")
+    pca_noise: float = _option(0.0, "standard deviation of AlexNet's PCA colour noise; the published code has 0.1")
 
     # loss
     smoothing: float = _option(0.0, "label smoothing, 0 to 1")
@@ -57,6 +59,14 @@ class Recipe:
     soft_weight: float = _option(2.0, "TASN: lambda, weight of the distillation (Eq. 8)")
     part_weight: float = _option(1.0, "TASN: weight of the detail image's classification")
     attention_weight: float = _option(1.0, "TASN: weight of the attention net's classification")
+    master_weight: float | None = _option(
+        None,
+        "TASN: share of the master and part classifiers, the shared one has the rest; null: 0.5 where there are both",
+    )
+    shared_part_weight: float | None = _option(
+        None, "TASN: weight of the shared classifier on the detail image; null: as part_weight"
+    )
+    scale_soft: bool = _option(False, "TASN: multiply the distillation by T^2, so that T does not change its gradient")
     detach_teacher: bool = _option(True, "TASN: the distillation does not change the part net")
 
     # optimisation
@@ -70,6 +80,12 @@ class Recipe:
     weight_decay: float = _option(0.05, "weight decay, not on biases and norms")
     momentum: float = _option(0.9, "momentum, for optimizers that have it")
     opt_kwargs: dict = _option({}, "more arguments of the optimizer")
+    layer_decay: float | None = _option(
+        None, "factor on the learning rate from each layer to the one below it (timm's groups of layers); null: none"
+    )
+    model_ema_decay: float | None = _option(
+        None, "decay of an average of the weights, which is then what is evaluated and saved; null: no average"
+    )
     sched: Literal["cosine", "tanh", "poly", "multistep"] = _option("cosine", "timm scheduler, stepped every update")
     warmup_epochs: float = _option(4.0, "epochs of linear warm-up from warmup_lr")
     warmup_lr: float = _option(4e-4, "learning rate at the start of the warm-up")
@@ -96,9 +112,14 @@ class Recipe:
         for name in ("epochs", "batch_size", "grad_accum_steps", "img_size", "log_interval"):
             if getattr(self, name) < 1:
                 raise UserError(f"recipe: {name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("workers", "lr", "warmup_lr", "min_lr", "weight_decay", "color_jitter", "degrees", "crop_padding"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"recipe: {name} must be 0 or more, got {getattr(self, name)}.")
+        for name in (
+            *("workers", "lr", "warmup_lr", "min_lr", "weight_decay"),
+            *("color_jitter", "degrees", "crop_padding", "pca_noise"),
+            *("soft_weight", "part_weight", "attention_weight", "shared_part_weight"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"recipe: {name} must be 0 or more, got {value}.")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise UserError(
                 f"recipe: warmup_epochs must be less than epochs ({self.epochs}), got {self.warmup_epochs}: lower it; "
@@ -109,39 +130,64 @@ class Recipe:
                 f"recipe: decay_milestones are for sched multistep, and it needs them; got sched {self.sched} and "
                 f"{self.decay_milestones}."
             )
-        for name in ("hflip", "smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"recipe: {name} must be between 0 and 1, got {getattr(self, name)}.")
+        for name in ("hflip", "smoothing", "master_weight"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise UserError(f"recipe: {name} must be between 0 and 1, got {value}.")
+        for name in ("layer_decay", "model_ema_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise UserError(f"recipe: {name} must be more than 0 and less than 1, got {value}; null: none.")
         if self.opt not in list_optimizers():
             raise unknown("optimizer", self.opt, list_optimizers())
         if self.resize is not None and self.resize < self.img_size:
             raise UserError(f"recipe: resize ({self.resize}) must be at least img_size ({self.img_size}).")
+        for name, because in _ruled_out(vars(self)).items():
+            no_effect(Recipe, {name: getattr(self, name)}, because, except_for=["decay_milestones"])  # see above
+
+
+@dataclass
+class PaperRow:
+    """A figure of the paper that a recipe is for."""
+
+    table: int | str  # its number; text for a section, "4.2"
+    row: str
+    top1: float | None = None  # per cent; None where the paper gives none
+    ensemble: int = 1  # models whose predictions are averaged
+    flip: bool = False  # predictions for the image and its mirror image are averaged
+    super_classes: bool = False  # the paper gives the accuracy of each super-class, too
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.table, int | str) or isinstance(self.table, bool):
+            raise UserError(f"recipe: table must be int or text such as '4.2', got {self.table!r}.")
+        for entry in dataclasses.fields(self)[1:]:
+            setattr(self, entry.name, _typed(entry, getattr(self, entry.name)))
+        if self.ensemble < 1:
+            raise UserError(f"recipe: ensemble must be at least 1, got {self.ensemble}.")
+
+
+class RecipeFile(NamedTuple):
+    """A recipe file as it stands: its own options, without its base's, and what is not an option."""
+
+    options: dict[str, Any]
+    base: str | None
+    paper: list[PaperRow]
+    measured: float | str | None  # top-1 that we measured; None: nobody has
 
 
 def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Read a recipe.
+    """Read a recipe and its bases.
 
     Args:
         name: Name of a recipe of the package, or path of a YAML file.
-        overrides: Options that take the place of the file's. Of a dict option, only the keys given are replaced; with
-            another model, the file's model_kwargs are dropped.
+        overrides: Options that take the place of the file's, as the file's take the place of its base's: of a dict
+            option, only the keys given are replaced; with another model, model_kwargs are dropped; so is what then
+            has no effect, e.g. min_lr with sched multistep.
 
     Raises:
         UserError: No such recipe, an unknown option, or a value of the wrong type.
     """
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        path = RECIPES / f"{name}.yaml"
-        if not path.exists():
-            raise unknown("recipe", name, (p.stem for p in RECIPES.glob("*.yaml")))
-    elif not path.exists():
-        raise UserError(f"there is no recipe file {name!r}; give a path to a YAML file or the name of a recipe.")
-    options = _read_yaml(path)
-    overrides = overrides or {}
-    if overrides.get("model", options.get("model")) != options.get("model"):
-        options.pop("model_kwargs", None)
-    for key, value in overrides.items():
-        options[key] = {**(options.get(key) or {}), **value} if isinstance(value, dict) else value
+    options = _override(_resolve(_find(name)), overrides or {})
     known = [entry.name for entry in dataclasses.fields(Recipe)]
     for key in options:
         if key not in known:
@@ -149,14 +195,95 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     return Recipe(**options)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_recipe_file(path: Path) -> RecipeFile:
+    """Read one YAML file, without its base."""
     try:
         options = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {str(path)!r} cannot be read: {' '.join(str(error).split())}.") from error
     if not isinstance(options, dict):
         raise UserError(f"recipe {str(path)!r} must have lines such as 'epochs: 20', got {options!r}.")
-    return options
+    base, paper, measured = options.pop("base", None), options.pop("paper", []), options.pop("measured", None)
+    if not isinstance(base, str | None):
+        raise UserError(f"recipe {str(path)!r}: base must be the name of a recipe, got {base!r}.")
+    if not isinstance(measured, int | float | str | None) or isinstance(measured, bool):
+        raise UserError(f"recipe {str(path)!r}: measured must be a number or text, got {measured!r}.")
+    if not isinstance(paper, list):
+        raise UserError(f"recipe {str(path)!r}: paper must be a list of rows, got {paper!r}.")
+    return RecipeFile(options, base, [_paper_row(entry) for entry in paper], measured)
+
+
+def _paper_row(entry: Any) -> PaperRow:
+    if not isinstance(entry, dict) or not {"table", "row"} <= entry.keys():
+        raise UserError(f"recipe: a row of paper must be {{table: ..., row: ..., top1: ...}}, got {entry!r}.")
+    known = [field.name for field in dataclasses.fields(PaperRow)]
+    for key in entry:
+        if key not in known:
+            raise unknown("key in a recipe's row of paper:", key, known)
+    return PaperRow(**entry)
+
+
+def _find(name: str) -> Path:
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{name}.yaml"
+        if not path.exists():
+            raise unknown("recipe", name, (p.stem for p in RECIPES.glob("*.yaml")))
+    elif not path.exists():
+        raise UserError(f"there is no recipe file {name!r}; give a path to a YAML file or the name of a recipe.")
+    return path
+
+
+def _find_base(name: str, path: Path) -> Path:
+    """File of the base that the recipe at `path` names; where that is a path, it is relative to the recipe's."""
+    if name.endswith((".yaml", ".yml")):
+        return _find(str(path.parent / name))
+    if (BASES / f"{name}.yaml").exists():
+        return BASES / f"{name}.yaml"
+    if not (RECIPES / f"{name}.yaml").exists():
+        names = [p.stem for folder in (BASES, RECIPES) for p in folder.glob("*.yaml")]
+        raise unknown(f"base in recipe {path.name!r}:", name, names)
+    return RECIPES / f"{name}.yaml"
+
+
+def _resolve(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Options of a file over those of its bases; `above` are the files that led here."""
+    if path.resolve() in above:
+        raise UserError(f"recipe {path.name!r} is its own base: {' -> '.join(p.name for p in (*above, path))}.")
+    file = read_recipe_file(path)
+    if file.base is None:
+        return file.options
+    return _override(_resolve(_find_base(file.base, path), (*above, path.resolve())), file.options)
+
+
+def _override(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `above` in the place of those of `below`, see `load_recipe`."""
+    below = below.copy()
+    if above.get("model", below.get("model")) != below.get("model"):
+        below.pop("model_kwargs", None)
+    for name in _ruled_out(below | above).keys() - _ruled_out(below).keys():
+        below.pop(name, None)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        below[key] = below[key] | value if both else value
+    return below
+
+
+def _ruled_out(options: Mapping[str, Any]) -> dict[str, str]:
+    """Names of options that have no effect, and because of what."""
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(Recipe)}
+    options = defaults | dict(options)
+    opt, sched, warmup_epochs = options["opt"], options["sched"], options["warmup_epochs"]
+    ruled_out = {}
+    if sched == "multistep":
+        ruled_out["min_lr"] = f"{sched=}"
+    else:
+        ruled_out |= dict(decay_milestones=f"{sched=}", decay_rate=f"{sched=}")
+    if warmup_epochs == 0:
+        ruled_out["warmup_lr"] = f"{warmup_epochs=}"
+    if opt in list_optimizers() and not get_optimizer_info(opt).has_momentum:
+        ruled_out["momentum"] = f"{opt=}"
+    return ruled_out
 
 
 def parse_args(args: list[str]) -> tuple[str, Recipe]:

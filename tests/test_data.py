@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from tasn_timm.data.loading import KeyedImages, KeyedSampler, create_loader, decode, keyed_seed
 from tasn_timm.data.splits import class_names, load_splits, pick_split
-from tasn_timm.data.transforms import Normalize, eval_transform, train_transform
+from tasn_timm.data.transforms import Normalize, PCANoise, eval_transform, train_transform
 
 
 def png(pixels: np.ndarray, **options) -> bytes:
@@ -179,6 +179,40 @@ def test_padding_mirrors_and_moves_by_at_most_its_width():
         row = transform(image)[0, 0].tolist()
         firsts.add(row[0] if row[1] > row[0] else -row[0])
     assert firsts == {-3, -2, -1, 0, 1, 2, 3}
+
+
+def test_rotation_turns_the_whole_picture_and_fills_with_white():
+    pixels = np.zeros((60, 60, 3), np.uint8)
+    pixels[28:32, 28:32] = 100
+    torch.manual_seed(1)
+    rotated = train_transform(60, degrees=30)(PILImage.fromarray(pixels))
+    assert rotated[:, 0, 0].tolist() == [255, 255, 255]
+    assert rotated[0, 30, 30] == 100 and v2.CenterCrop(40)(rotated).max() == 100, "about the centre"
+    crops = torch.stack([train_transform(20, resize=60, degrees=30)(PILImage.fromarray(pixels)) for _ in range(40)])
+    without_white = (crops < 255).flatten(1).all(1).sum()
+    assert 10 < without_white < 40, "a crop out of the rotated picture often has nothing to fill"
+
+
+def test_pca_noise_is_one_shift_with_the_colours_covariance():
+    image = torch.full((3, 8, 8), 128, dtype=torch.uint8)
+    torch.manual_seed(0)
+    shifted = PCANoise(0.1)(image)
+    torch.manual_seed(0)
+    alpha = 0.1 * torch.randn(3)
+    red = -0.5675 * 55.46 * alpha[0] + 0.7192 * 4.794 * alpha[1] + 0.4009 * 1.148 * alpha[2]
+    blue = -0.5836 * 55.46 * alpha[0] - 0.6948 * 4.794 * alpha[1] + 0.4203 * 1.148 * alpha[2]
+    assert shifted.dtype == torch.uint8 and (shifted == shifted[:, :1, :1]).all()
+    assert shifted[[0, 2], 0, 0].tolist() == [round(128 + red.item()), round(128 + blue.item())]
+    shifts = torch.stack([PCANoise(0.1)(image)[:, 0, 0].float() for _ in range(2000)])
+    torch.testing.assert_close(shifts.mean(0), torch.full((3,), 128.0), atol=0.3, rtol=0)
+    torch.testing.assert_close(shifts.std(0), torch.tensor([3.17, 3.22, 3.25]), atol=0.2, rtol=0)  # 0.1 x 55.46 x axis
+
+
+def test_pca_noise_stays_within_black_and_white():
+    for value in (0, 255):
+        torch.manual_seed(0)
+        shifted = torch.stack([PCANoise(1.0)(torch.full((3, 1, 1), value, dtype=torch.uint8)) for _ in range(50)])
+        assert (shifted == value).any() and (shifted.int() - value).abs().max() < 250, "no wrapping around"
 
 
 def test_normalize_is_timms():
