@@ -1,4 +1,4 @@
-"""Trained models as folders in timm's Hub format: config.json, model.safetensors and a card."""
+"""Trained models: saved as folders in timm's Hub format (config.json, model.safetensors and a card), loaded by name."""
 
 import copy
 import json
@@ -7,12 +7,17 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import timm
 import torch
 from huggingface_hub import EvalResult, ModelCardData
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import nn
 
-from .errors import UserError
+from .attention_net import backbone_cfg
+from .errors import UserError, unknown
+from .tasn import TASN
+from .zoo import HUB_CONFIGS
 
 
 @dataclass
@@ -40,6 +45,8 @@ def save_folder(
     *,
     label_names: list[str],
     data_config: dict,
+    recipe: str | None = None,
+    dataset: str | None = None,
     measured: Measured | None = None,
 ) -> None:
     """Write a model as `timm.create_model("local-dir:FOLDER", pretrained=True)` and the Hub take it.
@@ -51,6 +58,8 @@ def save_folder(
         folder: Where to.
         label_names: Names of its classes, in order.
         data_config: timm's input_size, mean, std, interpolation and crop_pct of the pictures it was trained on.
+        recipe: Name of the recipe that it was trained with, for the "tasn" block of config.json.
+        dataset: What `load_splits` takes for the data it was trained on, for the same block.
         measured: For README.md, the card; None for a folder without one.
     """
     if folder.exists() and not (folder / "config.json").is_file():
@@ -66,7 +75,7 @@ def save_folder(
         safe_serialization=True,
         data_config=data_config,
     )
-    _drop_num_classes(aside / "config.json")
+    _complete_config(aside / "config.json", recipe, dataset)
     if measured is not None:
         _write_card(plain, aside, folder, measured)
     if folder.exists():
@@ -91,11 +100,88 @@ def check_folder(folder: Path) -> None:
             raise UserError(f"model folder {str(folder)!r} has no {name}: give a complete one, such as RUN/best.")
 
 
-def _drop_num_classes(path: Path) -> None:
+def load_model(source: str) -> nn.Module:
+    """Load a trained classifier.
+
+    Args:
+        source: A folder as training writes it (RUN/best, or RUN for its best/), "local-dir:FOLDER",
+            "hf-hub:user/name", or a timm name with or without a tag. Of a folder and a timm model of the same name, it
+            is the model; write "./NAME" for the folder.
+
+    Returns:
+        The model in evaluation mode, on the CPU.
+
+    Raises:
+        UserError: There is no such model, it cannot be read, or it is a TASN without a trained classifier.
+    """
+    name = _timm_name(source)
+    if ":" not in name and name.startswith("tasn") and not backbone_cfg(name).label_names:
+        raise _untrained(source)  # before its backbones are downloaded
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except UserError:
+        raise
+    except (RuntimeError, OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise UserError(f"model {source!r} cannot be loaded: {' '.join(str(error).split())}") from error
+    if isinstance(model, TASN) and not model.pretrained_cfg.get("label_names"):
+        raise _untrained(source)
+    return model.eval()
+
+
+def trained_on(source: str) -> str | None:
+    """Read the dataset that a model was trained on.
+
+    Args:
+        source: As in `load_model`.
+
+    Returns:
+        What `load_splits` takes; None where neither a folder's config.json nor hub_configs/ says it.
+    """
+    name = _timm_name(source)
+    if name.startswith("hf-hub:"):
+        return None
+    if name.startswith("local-dir:"):
+        path = Path(name.removeprefix("local-dir:")) / "config.json"
+    else:
+        cfg = backbone_cfg(name)
+        path = HUB_CONFIGS / f"{cfg.architecture}.{cfg.tag}.json"
+    try:
+        config = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"model {source!r} cannot be loaded: {path} is not JSON ({error}).") from error
+    return (config.get("tasn") or {}).get("dataset")
+
+
+def _timm_name(source: str) -> str:
+    """What timm.create_model takes for a model; checks that its folder or its name exists."""
+    if source.startswith("hf-hub:"):
+        return source
+    is_folder = source.startswith("local-dir:") or "/" in source or Path(source).is_dir()
+    if not is_folder or timm.is_model(source):
+        if ":" in source:
+            raise unknown("kind of model", source.split(":")[0] + ":", ("hf-hub:", "local-dir:"))
+        backbone_cfg(source)  # fails with the names that come close
+        return source
+    folder = Path(source.removeprefix("local-dir:"))
+    if not (folder / "config.json").is_file() and (folder / "best").is_dir():
+        folder /= "best"
+    check_folder(folder)
+    return f"local-dir:{folder}"
+
+
+def _untrained(source: str) -> UserError:
+    return UserError(
+        f"model {source!r} has no trained classifier, only the ImageNet weights of its backbones to start from: train "
+        f"it first, and give the folder that training writes (RUN/best)."
+    )
+
+
+def _complete_config(path: Path, recipe: str | None, dataset: str | None) -> None:
     # transformers passes num_classes itself and beside model_args, which fails when it is in both (seen with 5.23 and
     # timm 1.0.31). timm itself reads it from pretrained_cfg.
     config = json.loads(path.read_text())
     config.get("model_args", {}).pop("num_classes", None)
+    config["tasn"] = dict(recipe=recipe, dataset=dataset)
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 

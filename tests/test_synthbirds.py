@@ -172,6 +172,8 @@ def test_load_holds_the_drawn_images(tmp_path, few_images, capfd):
     for name, split in splits.items():
         assert split.features["label"].names == synthbirds.CLASS_NAMES
         assert split["label"] == [index % 24 for index in range(FEW[name])]
+        families = [split.features["super"].int2str(number) for number in split["super"]]
+        assert families == [synthbirds.CLASS_NAMES[label].split()[0] for label in split["label"]]
         for index in (0, 23, len(split) - 1):
             assert (np.asarray(split[index]["image"]) == synthbirds.draw(name, index)).all()
     assert "Generating" not in capfd.readouterr().err  # not a terminal

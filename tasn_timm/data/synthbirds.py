@@ -136,7 +136,8 @@ def load(cache_dir: str | Path | None = None, num_proc: int | None = None, seed:
         seed: Another seed gives another dataset of the same kind.
 
     Returns:
-        Splits "train", "validation" and "test" with columns "image" (RGB, 192 x 192) and "label" (`CLASS_NAMES`).
+        Splits "train", "validation" and "test" with columns "image" (RGB, 192 x 192), "label" (`CLASS_NAMES`) and
+        "super", the plumage (`FAMILIES`).
 
     Raises:
         ValueError: `num_proc` is less than 1.
@@ -162,8 +163,13 @@ def load(cache_dir: str | Path | None = None, num_proc: int | None = None, seed:
             info=DatasetInfo(splits=[{"name": split, "num_examples": count}]),  # total of the progress bar
         )
 
+    def with_families(split: Dataset) -> Dataset:
+        # Not part of the cache: the pixels, which take the time, do not depend on it.
+        families = [label // len(WORDS) for label in split["label"]]
+        return split.add_column("super", families, feature=ClassLabel(names=list(FAMILIES)))
+
     with _progress_on_terminals_only():
-        return DatasetDict({split: generate(split, count) for split, count in SPLITS.items()})
+        return DatasetDict({split: with_families(generate(split, count)) for split, count in SPLITS.items()})
 
 
 def _examples(starts: list[int], split: str, count: int, seed: int, version: int) -> Iterator[dict]:

@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import UserError
 from ..hub import Measured, save_folder
 from ..recipe import Recipe, save_recipe
-from .evaluation import count_flops
+from .evaluation import Scores, count_flops
 from .progress import Progress
 
 PACKAGES = (
@@ -64,18 +64,18 @@ class Run:
         self.recipe = recipe
         self.accelerator = accelerator
         self.model = model
-        self.saved_with = dict(label_names=label_names, data_config=data_config)
+        self.saved_with = dict(label_names=label_names, data_config=data_config, recipe=name, dataset=recipe.data)
         self.flops = count_flops(model, data_config["input_size"])
         self.command = shlex.join(["accelerate", "launch", *sys.argv])
         self.best_top1 = -1.0
-        self.test_scores: dict[str, float] | None = None
+        self.test_scores: Scores | None = None
         folder = _new_folder(Path(recipe.output), name) if accelerator.is_main_process else None
         self.folder = broadcast_object_list([folder])[0]
         if accelerator.is_main_process:
             save_recipe(recipe, self.folder / "recipe.yaml")
             self._save_environment()
 
-    def end_epoch(self, epoch: int, progress: Progress, lr: float, scores: dict[str, float] | None) -> None:
+    def end_epoch(self, epoch: int, progress: Progress, lr: float, scores: Scores | None) -> None:
         """Log an epoch and save its model as last/, and as best/ when its validation accuracy is the highest so far."""
         losses = progress.reduced_means()
         if not all(map(math.isfinite, losses.values())):
@@ -84,14 +84,15 @@ class Run:
                 f" The models in {str(self.folder)!r} are those of the epochs before."
             )
         images = progress.batches * self.recipe.batch_size // self.recipe.grad_accum_steps  # on all processes
-        improved = scores is None or scores["top1"] > self.best_top1
+        improved = scores is None or scores.top1 > self.best_top1
         if scores is not None and improved:
-            self.best_top1 = scores["top1"]
+            self.best_top1 = scores.top1
         if not self.accelerator.is_main_process:
             return
         speed = images / progress.seconds
-        self._log(epoch=epoch + 1, lr=lr, images_per_second=round(speed, 1), train=losses, validation=scores)
-        validation = f"  validation top-1 {scores['top1']:.1f} %" if scores else ""
+        logged = scores.metrics if scores else None
+        self._log(epoch=epoch + 1, lr=lr, images_per_second=round(speed, 1), train=losses, validation=logged)
+        validation = f"  validation top-1 {scores.top1:.1f} %" if scores else ""
         print(f"{progress.title}  loss {losses['loss']:.3f}{validation}  {speed:.0f} images/s", flush=True)
         save_folder(self.model, self.folder / "last", **self.saved_with)
         if improved:
@@ -102,18 +103,18 @@ class Run:
         self.accelerator.wait_for_everyone()
         self.model.load_state_dict(load_file(self.folder / "best" / "model.safetensors"))
 
-    def finish(self, scores: dict[str, float]) -> None:
+    def finish(self, scores: Scores) -> None:
         """Log the test scores and write them into the card of best/."""
         self.test_scores = scores
         if not self.accelerator.is_main_process:
             return
-        self._log(test=scores)
+        self._log(test=scores.metrics)
         measured = Measured(
             dataset=self.recipe.data,
             split=self.recipe.test_split,
-            images=scores["images"],
-            top1=scores["top1"],
-            top5=scores.get("top5"),
+            images=scores.images,
+            top1=scores.top1,
+            top5=scores.top5,
             recipe=self.name,
             command=self.command,
             gflops=self.flops / 1e9,
@@ -167,7 +168,7 @@ def comparison_table(runs: list[Run]) -> str:
     for run in runs:
         samples = getattr(run.model, "sample_size", None)
         size = f"{run.recipe.img_size}" + (f", samples {samples[0]}" if samples else "")
-        top1 = f"{run.test_scores['top1']:.1f} %" if run.test_scores else "not tested"
+        top1 = f"{run.test_scores.top1:.1f} %" if run.test_scores else "not tested"
         rows.append((run.folder.name, run.recipe.model, size, f"{run.flops / 1e6:.1f}", top1))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]

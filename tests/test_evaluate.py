@@ -1,0 +1,409 @@
+"""`python -m tasn_timm evaluate` measures what plain timm and PIL code measures; what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+
+from tasn_timm import cli
+from tasn_timm.data.splits import load_splits, super_classes
+from tasn_timm.data.transforms import eval_transform
+from tasn_timm.errors import run_command
+from tasn_timm.hub import load_model, save_folder, trained_on
+from tasn_timm.training.evaluation import Ensemble, Scores, evaluate
+from tasn_timm.zoo import HUB_CONFIGS
+
+COLOURS = ["blue", "green", "red"]
+SPECIES = [f"species {number}" for number in range(8)]
+SUPERS = ["Aves", "Fungi", "Insecta", "Pisces"]
+SUPER_OF = [2, 0, 0, 1, 1, 1, 0, 2]  # Pisces has none
+COUNTS = [3, 4, 5, 3, 2, 6, 1, 3]  # test images of each species
+
+
+def write_data(folder: Path, supers: list[int] | None = SUPER_OF) -> Path:
+    """Parquet files of noisy pictures of three sizes: labels, and super-classes where they are given."""
+    rng = np.random.default_rng(0)
+    features = Features(image=Image(), label=ClassLabel(names=SPECIES))
+    if supers:
+        features["super"] = ClassLabel(names=SUPERS)
+    for split in ("train", "test"):
+        labels = [label for label, count in enumerate(COUNTS) for _ in range(count)]
+        rows = []
+        for index, label in enumerate(labels):
+            pixels = rng.integers(0, 256, ((40, 50), (48, 40), (64, 64))[index % 3] + (3,)) // 2 + 8 * label
+            row = dict(image=PILImage.fromarray(pixels.astype(np.uint8)), label=label)
+            rows.append(row | dict(super=supers[label]) if supers else row)
+        folder.mkdir(exist_ok=True)
+        Dataset.from_list(rows, features=features).to_parquet(folder / f"{split}-00000.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def species(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "species")
+
+
+def pictures(data: Path) -> list[tuple[PILImage.Image, int]]:
+    """The test images and their labels, read without the package."""
+    if (data / "test").is_dir():
+        return [
+            (PILImage.open(path).convert("RGB"), label)
+            for label, name in enumerate(COLOURS)
+            for path in (data / "test" / name).glob("*.png")
+        ]
+    split = Dataset.from_parquet(str(data / "test-00000.parquet"))
+    return [(row["image"].convert("RGB"), row["label"]) for row in split]
+
+
+def save(folder: Path, names: list[str], data: Path, *, seed: int = 0, size: int = 32, **config) -> Path:
+    """A model that tells the pictures of `data` apart, though not correctly: its features less their mean decide."""
+    torch.manual_seed(seed)
+    model = timm.create_model("test_resnet", num_classes=len(names)).eval()
+    data_config = dict(input_size=(3, size, size), interpolation="bicubic", crop_pct=1.0) | config
+    data_config = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3)) | data_config
+    transform = timm.data.create_transform(**data_config)
+    with torch.no_grad():
+        inputs = torch.stack([transform(image) for image, _ in pictures(data)])
+        features = model.forward_head(model.forward_features(inputs), pre_logits=True)
+        head = model.get_classifier()
+        head.weight.copy_(torch.randn_like(head.weight) / features.std(0).clamp(min=0.01))
+        head.bias.copy_(-features.mean(0) @ head.weight.T)
+    save_folder(model, folder, label_names=names, data_config=data_config, recipe="mine", dataset=str(data))
+    return folder
+
+
+def constant(folder: Path, logits: list[float], data: Path) -> Path:
+    """A model that gives every image the same logits."""
+    model = timm.create_model("test_resnet", num_classes=len(logits))
+    with torch.no_grad():
+        model.get_classifier().weight.zero_()
+        model.get_classifier().bias.copy_(torch.tensor(logits))
+    config = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0)
+    save_folder(model, folder, label_names=COLOURS, data_config=config, recipe="mine", dataset=str(data))
+    return folder
+
+
+def probabilities(folders: list[Path], data: Path, flip: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, K) and labels (N,): one image and one model at a time, with timm's transform."""
+    rows = []
+    models = [timm.create_model(f"local-dir:{folder}", pretrained=True).eval() for folder in folders]
+    for image, _ in pictures(data):
+        row = []
+        for model in models:
+            transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+            tensor = transform(image).unsqueeze(0)
+            for view in [tensor, torch.flip(tensor, (3,))][: 1 + flip]:
+                with torch.no_grad():
+                    logits = model(view)[0].double()
+                row.append(torch.exp(logits) / torch.exp(logits).sum())
+        rows.append(sum(row) / len(row))
+    return torch.stack(rows), torch.tensor([label for _, label in pictures(data)])
+
+
+@pytest.fixture
+def command(capsys):
+    """Run the command in this process: exit code, standard output and error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        given = [str(argument) for argument in arguments]
+        code = run_command(lambda: cli.main([*given, "--cpu"] if "evaluate" in given else given))
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def measure(command, tmp_path):
+    """Evaluate and return what --json has."""
+
+    def run(*arguments: object) -> dict:
+        code, _, err = command("evaluate", *arguments, "--workers", 0, "--json", tmp_path / "out.json")
+        assert code == 0, err
+        return json.loads((tmp_path / "out.json").read_text())
+
+    return run
+
+
+def check(result: dict, p: torch.Tensor, labels: torch.Tensor, names: list[str]) -> None:
+    """Every number of the result, from probabilities (N, K) and labels (N,)."""
+    right = p.argmax(1) == labels
+    assert result["images"] == len(labels)
+    assert result["top1"] == pytest.approx(100 * right.double().mean().item())
+    if len(names) > 5:
+        in_top5 = [label in row.argsort()[-5:] for row, label in zip(p, labels)]
+        assert result["top5"] == pytest.approx(100 * sum(in_top5) / len(labels))
+    else:
+        assert result["top5"] is None
+    for label, name in enumerate(names):
+        mine = labels == label
+        assert result["classes"][name] == dict(correct=int(right[mine].sum()), images=int(mine.sum())), name
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("batch_size", [4, 64])
+def test_a_model_scores_what_a_plain_loop_scores(measure, tmp_path, image_folder, no_network, flip, batch_size):
+    folder = save(tmp_path / "best", COLOURS, image_folder, seed=3, crop_pct=0.8)
+    result = measure(folder, image_folder, "--batch-size", batch_size, *["--flip"] * flip)
+    check(result, *probabilities([folder], image_folder, flip), COLOURS)
+    assert 0 < result["top1"] < 100, "a test of something"
+    assert (result["models"], result["data"], result["split"]) == ([str(folder)], str(image_folder), "test")
+    assert result["flip"] == flip and result["super_classes"] is None
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_an_ensemble_of_different_inputs_scores_what_a_plain_loop_scores(measure, tmp_path, species, flip):
+    folders = [
+        save(tmp_path / "a", SPECIES, species, seed=1, size=32),
+        save(tmp_path / "b", SPECIES, species, seed=2, size=24, crop_pct=0.7, mean=(0.1, 0.2, 0.3)),
+        save(tmp_path / "c", SPECIES, species, seed=3, size=32, std=(0.5, 0.6, 0.7)),
+        save(tmp_path / "d", SPECIES, species, seed=4, size=24, interpolation="bilinear"),
+    ]
+    result = measure(species, "--ensemble", *folders, *["--flip"] * flip)
+    p, labels = probabilities(folders, species, flip)
+    check(result, p, labels, SPECIES)
+    assert result["models"] == [str(folder) for folder in folders]
+
+    ensemble = Ensemble([load_model(str(folder)) for folder in folders], flip).eval()
+    assert len(ensemble.views) == 3, "a and c share their view of an image"
+    views = [ensemble.transform()(image) for image, _ in pictures(species)]
+    with torch.inference_mode():
+        torch.testing.assert_close(ensemble([torch.stack(view) for view in zip(*views)]), p.float())
+
+
+def test_views_have_the_pixels_of_evaluation_in_training(tmp_path, image_folder):
+    ensemble = Ensemble([load_model(str(save(tmp_path / "best", COLOURS, image_folder, crop_pct=0.8)))])
+    image = pictures(image_folder)[0][0]
+    assert torch.equal(ensemble.transform()(image)[0], eval_transform(32, resize=40)(image))
+
+
+def test_probabilities_are_averaged_not_logits(measure, tmp_path, image_folder):
+    sure = constant(tmp_path / "sure", [2.0, 0.0, -9.0], image_folder)
+    torn = constant(tmp_path / "torn", [-20.0, 1.0, 0.9], image_folder)
+    result = measure("--ensemble", sure, torn)
+    right = {name: numbers["correct"] for name, numbers in result["classes"].items()}
+    assert right == dict(blue=7, green=0, red=0), "0.44, 0.32, 0.24; the logits' mean is highest for green"
+
+
+def test_super_classes_sum_up_their_classes(command, measure, tmp_path, species):
+    folder = save(tmp_path / "best", SPECIES, species)
+    result = measure(folder)
+    p, labels = probabilities([folder], species)
+    check(result, p, labels, SPECIES)
+    above = torch.tensor(SUPER_OF)[labels]
+    assert list(result["super_classes"]) == SUPERS[:3], "in their order; Pisces has no images"
+    for number, name in enumerate(SUPERS[:3]):
+        mine = above == number
+        top1 = 100 * (p.argmax(1) == labels)[mine].double().mean().item()
+        expected = dict(classes=SUPER_OF.count(number), images=int(mine.sum()), top1=pytest.approx(top1))
+        assert result["super_classes"][name] == expected
+
+    code, out, err = command("evaluate", folder)
+    assert code == 0 and err == "", "no bar where nobody watches"
+    line, _, header, *rows = out.splitlines()
+    assert line == f"{folder} on {species}, split test: 27 images, top-1 {result['top1']:.2f} %, top-5 " + (
+        f"{result['top5']:.2f} %"
+    )
+    assert header.split() == ["Super", "Class", "#", "Class", "images", "accuracy"]
+    assert [row.split()[:3] for row in rows] == [
+        ["Aves", "3", "10"],
+        ["Fungi", "3", "11"],
+        ["Insecta", "2", "6"],
+        ["Total", "8", "27"],
+    ]
+    assert rows[-1].split()[3] == f"{result['top1']:.2f}"
+
+
+def test_without_super_classes_there_is_one_line(command, tmp_path, image_folder):
+    folder = save(tmp_path / "best", COLOURS, image_folder)
+    code, out, _ = command("evaluate", folder, "--flip")
+    assert code == 0
+    assert out.startswith(f"{folder} (image and mirror image) on {image_folder}, split test: 21 images, top-1 ")
+    assert len(out.splitlines()) == 1 and "top-5" not in out
+
+
+def test_a_bar_is_shown_where_somebody_watches(command, tmp_path, image_folder, monkeypatch):
+    folder = save(tmp_path / "best", COLOURS, image_folder)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert "evaluation:   0%|" in command("evaluate", folder)[2]
+
+
+def test_a_model_is_named_in_four_ways(tmp_path, image_folder):
+    folder = save(tmp_path / "run" / "best", COLOURS, image_folder)
+    expected = timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict()
+    for source in (folder, folder.parent, f"local-dir:{folder}"):
+        model = load_model(str(source))
+        assert not model.training
+        assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+        assert trained_on(str(source)) == str(image_folder)
+    for source in ("tasn_tiny", "tasn_tiny.synthbirds_48"):
+        assert load_model(source).num_classes == 24
+        assert trained_on(source) == "synthbirds"
+    assert trained_on("test_resnet") is None
+
+
+def test_another_split_is_measured(measure, tmp_path, image_folder):
+    result = measure(save(tmp_path / "best", COLOURS, image_folder), "--split", "validation")
+    assert (result["split"], result["images"]) == ("validation", 15)
+
+
+def test_scores_count_classes_and_tell_top5_only_beyond_5():
+    scores = Scores(correct=torch.tensor([2, 0, 1]), counts=torch.tensor([4, 0, 4]), top5=None)
+    assert scores.metrics == dict(top1=37.5, images=8)
+    loader = [(torch.eye(8)[[0, 1, 2, 3]], torch.tensor([0, 1, 2, 7]))] * 2
+    scores = evaluate(Accelerator(cpu=True), lambda images: images - torch.arange(8) / 100, loader)
+    assert scores.metrics == dict(top1=75.0, top5=75.0, images=8)
+    assert scores.correct.tolist() == [2, 2, 2, 0, 0, 0, 0, 0] and scores.counts.tolist() == [2, 2, 2, 0, 0, 0, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate"], "evaluate needs a model"),
+        (["evaluate", "runs/none"], "there is no model folder 'runs/none'"),
+        (["evaluate", "local-dir:none"], "there is no model folder 'none'"),
+        (["evaluate", "tasn_tny"], "unknown timm model 'tasn_tny': did you mean 'tasn_tiny'"),
+        (["evaluate", "hub:user/name"], "there is no model folder 'hub:user/name'"),
+        (["evaluate", "tasn_tiny.cub"], "unknown weights of tasn_tiny"),
+        (["evaluate", "tasn_resnet50.in1k", "synthbirds"], "'tasn_resnet50.in1k' has no trained classifier"),
+        (["evaluate", "tasn", "synthbirds"], "'tasn' has no trained classifier"),
+        (["evaluate", "test_resnet"], "test_resnet does not say what it was trained on: give DATA after MODEL"),
+        (["evaluate", "resnet6s", "{photos}"], "model 'resnet6s' cannot be loaded: No pretrained weights"),
+        (["evaluate", "{best}", "--split", "dev"], "only train, validation, test: set --split to one of these."),
+        (["evaluate", "{best}", "{species}"], "class 0 of model '{best}' is 'blue', but of dataset '{species}' it is"),
+        (["evaluate", "{swapped}"], "class 1 of model '{swapped}' is 'red', but of dataset '{photos}' it is 'green'"),
+        (["evaluate", "{longer}", "{photos}"], "class 3 of model '{longer}' is 'white', but of dataset"),
+        (["evaluate", "--ensemble", "{best}", "{swapped}"], "class 1 of model '{swapped}' is 'red'"),
+        (["evaluate", "{nameless}", "{photos}"], "has 4 classes, but dataset '{photos}' has 3"),
+        (["evaluate", "--ensemble", "{best}"], "--ensemble takes two models or more"),
+        (["evaluate", "--ensemble", "{best}", "tasn_tiny"], "not trained on the same data"),
+        (["evaluate", "a", "b", "--ensemble", "{best}", "{best}"], "too many arguments (a b): evaluate takes [DATA]"),
+        (["evaluate", "{best}", "{photos}", "x"], "evaluate takes MODEL [DATA]"),
+        (["evaluate", "{best}", "nowhere"], "unknown dataset 'nowhere'"),
+        (["evaluate", "{best}", "cub200"], "200 classes, 5,994/5,794 images) is not downloaded"),
+        (["evaluate", "{best}", "cars196"], "196 classes, 8,144/8,041 images) is not downloaded"),
+        (["evaluate", "{best}", "inat2017"], "5,089 classes, 579,184/95,986 images) is not downloaded"),
+        (["evaluate", "{best}", "--batch-size", "0"], "--batch-size must be 1 or more"),
+        (["evaluate", "{best}", "--workers", "-1"], "--workers must be 0 or more"),
+        (["evaluate", "{best}", "--batch-size", "x"], "invalid int value: 'x'"),
+        (["evaluate", "{best}", "--json", "/no/such/folder/x.json"], "--json '/no/such/folder/x.json' cannot be"),
+        (["evaluate", "{best}", "--json", "{photos}"], "is a folder"),
+        (["evaluate", "{best}", "--flp"], "unrecognized arguments: --flp: see python -m tasn_timm --help"),
+        (["evalute", "{best}"], "invalid choice: 'evalute'"),
+    ],
+)
+def test_mistakes_get_one_line_and_exit_code_2(command, tmp_path, image_folder, species, arguments, message):
+    folders = dict(photos=image_folder, species=species)
+    logits = [0.0, 0.0, 0.0]
+    folders["best"] = constant(tmp_path / "best", logits, image_folder)
+    for name, labels in (("swapped", ["blue", "red", "green"]), ("longer", [*COLOURS, "white"]), ("nameless", None)):
+        folders[name] = constant(tmp_path / name, [*logits, 0.0][: len(labels or "four")], image_folder)
+        path = folders[name] / "config.json"
+        config = json.loads(path.read_text()) | dict(label_names=labels)
+        path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    code, out, err = command(*[argument.format(**folders) for argument in arguments])
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line.startswith("error: ") and message.format(**folders) in line
+
+
+def test_a_tasn_without_class_names_is_refused_from_a_folder_too(tmp_path):
+    model = timm.create_model("tasn_tiny", num_classes=3)
+    save_folder(model, tmp_path / "best", label_names=COLOURS, data_config=dict(input_size=(3, 64, 64)))
+    assert load_model(str(tmp_path / "best")).num_classes == 3
+    path = tmp_path / "best" / "config.json"
+    config = json.loads(path.read_text())
+    del config["label_names"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="has no trained classifier"):
+        load_model(str(tmp_path / "best"))
+
+
+def test_outputs_that_are_not_finite_are_refused(command, tmp_path, image_folder):
+    good, spoiled = (constant(tmp_path / name, [0.0, float(name), 0.0], image_folder) for name in ("1", "nan"))
+    code, _, err = command("evaluate", "--ensemble", good, spoiled)
+    assert code == 2 and "the output of model 2 of 2 is not finite" in err
+
+
+def test_broken_folders_are_named(command, tmp_path, image_folder):
+    folder = save(tmp_path / "best", COLOURS, image_folder)
+    (folder / "model.safetensors").write_bytes(b"broken")
+    code, _, err = command("evaluate", folder)
+    assert code == 2 and f"error: model '{folder}' cannot be loaded" in err
+    (folder / "config.json").write_text("{")
+    code, _, err = command("evaluate", folder)
+    assert code == 2 and "config.json is not JSON" in err
+
+
+def test_a_class_belongs_to_one_super_class(tmp_path):
+    splits = load_splits(str(write_data(tmp_path / "data")))
+    assert splits["test"].column_names == ["image", "label", "super"]
+    assert super_classes(splits["test"]) == {name: SUPERS[above] for name, above in zip(SPECIES, SUPER_OF)}
+    assert super_classes(load_splits(str(write_data(tmp_path / "plain", None)))["test"]) is None
+    split = splits["test"]
+    twice = split.remove_columns("super").add_column(
+        "super", [0] + [1] * (len(split) - 1), feature=split.features["super"]
+    )
+    with pytest.raises(ValueError, match="class 'species 0' is in super-classes 'Aves' and 'Fungi'"):
+        super_classes(twice)
+    unknown = split.remove_columns("super").add_column("super", [-1] * len(split))
+    unknown = Dataset(unknown.data, info=split.info)  # ClassLabel's own cast would not let it pass
+    with pytest.raises(ValueError, match="column 'super' has -1 for class 'species 0': it must be 0 to 3"):
+        super_classes(unknown)
+
+
+def test_json_is_written_whole_or_not_at_all(command, tmp_path, image_folder, monkeypatch):
+    folder, out = save(tmp_path / "best", COLOURS, image_folder), tmp_path / "results"
+    out.mkdir()
+    monkeypatch.setattr(cli, "report", lambda result: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command("evaluate", folder, "--json", out / "x.json")
+    assert not list(out.iterdir())
+    monkeypatch.undo()
+    assert command("evaluate", folder, "--json", out / "x.json")[0] == 0
+    assert [path.name for path in out.iterdir()] == ["x.json"]
+
+
+def test_help_has_an_example(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["evaluate", "--help"])
+    assert exit.value.code == 0
+    assert "python -m tasn_timm evaluate tasn_tiny" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_processes_count_every_image_once(tmp_path, species):
+    folder = save(tmp_path / "best", SPECIES, species)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m"]
+    command += ["tasn_timm", "evaluate", str(folder), "--cpu", "--batch-size", "4", "--json", str(tmp_path / "x.json")]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("27 images") == 1, "one process speaks"
+    check(json.loads((tmp_path / "x.json").read_text()), *probabilities([folder], species), SPECIES)
+
+
+@pytest.mark.slow
+def test_the_shipped_model_scores_what_its_config_says(measure):
+    result = measure("tasn_tiny")
+    recorded = json.loads((HUB_CONFIGS / "tasn_tiny.synthbirds_48.json").read_text())["tasn"]
+    assert round(result["top1"], 2) == recorded["measured_top1"]
+    families = result["super_classes"]
+    assert {name: (family["classes"], family["images"]) for name, family in families.items()} == dict.fromkeys(
+        ("russet", "blue", "olive"), (8, 320)
+    )
+    for name, family in families.items():
+        correct = sum(one["correct"] for label, one in result["classes"].items() if label.startswith(name))
+        assert family["top1"] == pytest.approx(100 * correct / 320)
