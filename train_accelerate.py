@@ -13,11 +13,12 @@ from typing import NamedTuple
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, set_seed
+from accelerate.utils import GradientAccumulationPlugin, broadcast, set_seed
 from timm.data import resolve_model_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -77,7 +78,8 @@ def train(name: str, recipe: Recipe, accelerator: Accelerator) -> Run:
         crop_pct=crop_share(recipe.img_size, recipe.resize or recipe.img_size),
     )
     parts = build_parts(recipe, model, loaders["train"], data_config)
-    run = Run(name, recipe, accelerator, model, names, data_config)
+    scored = parts.average.module if parts.average else model  # evaluated and saved
+    run = Run(name, recipe, accelerator, scored, names, data_config)
 
     # Prepare. Not the scheduler: Accelerate would step it once per process.
     order = loaders["train"].sampler
@@ -85,17 +87,20 @@ def train(name: str, recipe: Recipe, accelerator: Accelerator) -> Run:
         model=accelerator.prepare(parts.model),
         optimizer=accelerator.prepare(parts.optimizer),
         normalize=parts.normalize.to(accelerator.device),
+        average=parts.average and parts.average.to(accelerator.device),
     )
     loaders = {split: accelerator.prepare(loader) for split, loader in loaders.items()}
 
+    scored = accelerator.prepare_model(scored, evaluation_mode=True) if parts.average else parts.model
+    predict = nn.Sequential(parts.normalize, scored)
     for epoch in range(recipe.epochs):
         order.set_epoch(epoch)
         progress = train_one_epoch(name, recipe, accelerator, epoch, parts, loaders["train"])
-        scores = evaluate(accelerator, parts.model, loaders["val"], parts.normalize) if "val" in loaders else None
+        scores = evaluate(accelerator, predict.eval(), loaders["val"]) if "val" in loaders else None
         run.end_epoch(epoch, progress, parts.optimizer.param_groups[0]["lr"], scores)
     if "test" in loaders:
         run.load_best()
-        run.finish(evaluate(accelerator, parts.model, loaders["test"], parts.normalize))
+        run.finish(evaluate(accelerator, predict.eval(), loaders["test"]))
     accelerator.free_memory()
     return run
 
@@ -108,6 +113,7 @@ class Parts(NamedTuple):
     optimizer: Optimizer
     scheduler: Scheduler
     normalize: nn.Module
+    average: ModelEmaV3 | None  # of the weights
 
 
 def train_one_epoch(
@@ -130,7 +136,11 @@ def train_one_epoch(
         if accelerator.sync_gradients:
             update += 1
             parts.scheduler.step_update(update)
+            if parts.average:
+                parts.average.update(accelerator.unwrap_model(parts.model))
         progress.add(losses)
+    if parts.average:  # each process has averaged its own BatchNorm statistics: the main one's count, as in DDP
+        broadcast(list(parts.average.module.buffers()))
     return progress
 
 
@@ -183,7 +193,13 @@ def build_loaders(recipe: Recipe, splits: dict, batch_size: int) -> dict[str, Da
             f"smaller batch_size."
         )
     augment = train_transform(
-        recipe.img_size, recipe.resize, recipe.crop_padding, recipe.hflip, recipe.degrees, recipe.color_jitter
+        recipe.img_size,
+        recipe.resize,
+        recipe.crop_padding,
+        recipe.hflip,
+        recipe.degrees,
+        recipe.color_jitter,
+        recipe.pca_noise,
     )
     options = dict(seed=recipe.seed, multiple=recipe.batch_size, workers=recipe.workers)
     loaders = dict(train=create_loader(split, augment, batch_size, **options))
@@ -197,7 +213,9 @@ def build_loaders(recipe: Recipe, splits: dict, batch_size: int) -> dict[str, Da
 
 def build_parts(recipe: Recipe, model: nn.Module, loader: DataLoader, data_config: dict) -> Parts:
     """Objective, optimizer and scheduler of a model."""
-    arguments = dict(lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum)
+    arguments = dict(
+        lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum, layer_decay=recipe.layer_decay
+    )
     try:
         optimizer = create_optimizer_v2(model, recipe.opt, **arguments, **recipe.opt_kwargs)
     except (TypeError, ValueError, AssertionError) as error:
@@ -214,8 +232,14 @@ def build_parts(recipe: Recipe, model: nn.Module, loader: DataLoader, data_confi
         step_on_epochs=False,
         updates_per_epoch=len(loader.sampler) // recipe.batch_size,
     )
-    normalize = Normalize(data_config["mean"], data_config["std"])
-    return Parts(model, create_objective(model, recipe), optimizer, scheduler, normalize)
+    return Parts(
+        model=model,
+        objective=create_objective(model, recipe),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        normalize=Normalize(data_config["mean"], data_config["std"]),
+        average=ModelEmaV3(model, decay=recipe.model_ema_decay) if recipe.model_ema_decay else None,
+    )
 
 
 if __name__ == "__main__":

@@ -323,16 +323,19 @@ class AttentionSampler(nn.Module):
         self.output_size = to_2tuple(output_size)
         self.shape = shape
         self.sampler = sampler
-        self.settings = dict(
-            max_zoom=max_zoom, iterations=iterations, marginal=marginal, sigma=sigma, threshold=threshold
-        )
-        no_effect(AttentionSampler, self.settings, f"sampler={sampler!r}", except_for=_SAMPLERS[sampler].options)
+        self.max_zoom = max_zoom
+        self.iterations = iterations
+        self.marginal = marginal
+        self.sigma = sigma
+        self.threshold = threshold
+        settings = dict(max_zoom=max_zoom, iterations=iterations, marginal=marginal, sigma=sigma, threshold=threshold)
+        no_effect(AttentionSampler, settings, f"sampler={sampler!r}", except_for=_SAMPLERS[sampler].options)
 
     def grid(self, attention: Tensor, image_size: tuple[int, int]) -> Tensor:
         """(B, H', W', 2) for maps (B, h, w) over an image of (H, W) pixels."""
         compute, options = _SAMPLERS[self.sampler]
-        settings = self.settings | dict(size=image_size)
-        return compute(shape_map(attention, self.shape), self.output_size, **{name: settings[name] for name in options})
+        settings = {name: image_size if name == "size" else getattr(self, name) for name in options}
+        return compute(shape_map(attention, self.shape), self.output_size, **settings)
 
     def forward(self, image: Tensor, attention: Tensor) -> Tensor:
         image_size = tuple(image.shape[-2:])
@@ -345,8 +348,8 @@ class AttentionSampler(nn.Module):
         return sample(image, self.grid(attention, image_size))
 
     def extra_repr(self) -> str:
-        options = _SAMPLERS[self.sampler].options
-        settings = "".join(f", {name}={value}" for name, value in self.settings.items() if name in options)
+        names = [name for name in _SAMPLERS[self.sampler].options if name != "size"]
+        settings = "".join(f", {name}={getattr(self, name)}" for name in names)
         return f"{self.sampler}, output_size={self.output_size}, shape={self.shape}{settings}"
 
 

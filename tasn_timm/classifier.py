@@ -158,7 +158,10 @@ class BackboneClassifier(nn.Module):
         return {f"backbone.{name}" for name in inner()}
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Layers for layer-wise learning rates: the backbone's own, then pooling and heads."""
+        """Layers for layer-wise learning rates: the backbone's own; all else is timm's last layer, at the full rate.
+
+        The attention net of `TASN` is there, too: it learns on its own, and much of it is new.
+        """
         return {name: _prefixed(pattern) for name, pattern in self.backbone.group_matcher(coarse).items()}
 
     def _pool(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Classifiers on the pooled features of the structure- and the detail-preserved image (Sec. 3.3); second-order pooling."""
+"""Classifiers on the pooled features of the two views (Sec. 3.3), and second-order pooling (Table 7)."""
 
 import torch
 from timm.layers import register_notrace_module

@@ -223,10 +223,6 @@ class TASN(BackboneClassifier):
         super().reset_classifier(num_classes, global_pool)
         self.attention_net.reset_classifier(num_classes)
 
-    def group_matcher(self, coarse: bool = False) -> dict:
-        """Layers for layer-wise learning rates: attention net (ahead of everything), the backbone's own, heads."""
-        return {"attention_net": r"^attention_net"} | super().group_matcher(coarse)
-
     def _mean_logits(self, output: TASNOutput) -> Tensor:
         """The mean over all classifiers; the details of an image count as one."""
         parts = self.trilinear_attention.parts

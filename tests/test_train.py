@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,10 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
 
+from tasn_timm.data.splits import load_splits
 from tasn_timm.errors import run_command
 from tasn_timm.recipe import Recipe
+from tasn_timm.training.evaluation import Scores
 from tasn_timm.training.objective import create_objective
 
 SCRIPT = Path(__file__).parents[1] / "train_accelerate.py"
@@ -98,7 +101,7 @@ def test_a_run_leaves_a_model_that_timm_loads_and_scores_what_it_says(train, tmp
     assert max(line["validation"]["top1"] for line in epochs) > 60, "three colours are easy"
 
 
-def test_the_run_is_documented(train, tmp_path):
+def test_the_run_is_documented(train, tmp_path, image_folder):
     assert train("--epochs", "1", "--seed", "5")[0] == 0
     run = tmp_path / "runs" / "small"
     options = yaml.safe_load((run / "recipe.yaml").read_text())
@@ -108,6 +111,8 @@ def test_the_run_is_documented(train, tmp_path):
     assert environment["versions"]["timm"] == timm.__version__
     assert "--seed 5" in environment["command"]
     assert "accuracy" in (run / "best" / "README.md").read_text()
+    config = json.loads((run / "best" / "config.json").read_text())
+    assert config["tasn"] == dict(recipe="small", dataset=str(image_folder))
 
 
 def test_the_same_seed_gives_the_same_weights_and_a_second_run_its_own_folder(train, tmp_path):
@@ -186,8 +191,6 @@ def test_training_goes_on_from_a_folder(train, tmp_path):
         f"local-dir:{best}",
         "--pretrained",
         "--lr",
-        "0",
-        "--warmup-lr",
         "0",
         "--min-lr",
         "0",
@@ -286,9 +289,10 @@ def test_the_first_best_epoch_is_kept_and_tested(train, tmp_path, monkeypatch):
     scores = iter([50.0, 80.0, 80.0, 60.0, 70.0])
     weights = []
 
-    def fake(accelerator, model, loader, normalize):
-        weights.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        return dict(top1=next(scores), images=1)
+    def fake(accelerator, predict, loader):
+        weights.append({name: tensor.clone() for name, tensor in predict[1].state_dict().items()})
+        right = int(next(scores))
+        return Scores(correct=torch.tensor([right]), counts=torch.tensor([100]), top5=None)
 
     monkeypatch.setattr(train_accelerate, "evaluate", fake)
     assert train("--epochs", "4")[0] == 0
@@ -298,13 +302,86 @@ def test_the_first_best_epoch_is_kept_and_tested(train, tmp_path, monkeypatch):
     assert any(not torch.equal(best[name], weights[2][name]) for name in best)
 
 
+def weights(folder: Path, kind: str = "last") -> dict[str, torch.Tensor]:
+    return load_file(folder / kind / "model.safetensors")
+
+
+def test_the_average_of_the_weights_is_what_is_saved_and_tested(train, tmp_path):
+    runs = tmp_path / "runs"
+    for arguments in ([], ["--model-ema-decay", "1e-9"], ["--model-ema-decay", "0.999999"], ["--lr", "0"]):
+        zero_lr = ["--min-lr", "0"] if arguments else []
+        code, _, err = train("--epochs", "1", *arguments, *(zero_lr if "--lr" in arguments else []))
+        assert code == 0, err
+    trained, quick, slow, start = (weights(runs / name) for name in ("small", "small-1", "small-2", "small-3"))
+    statistics = ("running_mean", "running_var", "num_batches_tracked")  # change without a learning rate, too
+    for name in trained:
+        torch.testing.assert_close(quick[name], trained[name])
+        if not name.endswith(statistics):
+            torch.testing.assert_close(slow[name], start[name], atol=1e-5, rtol=1e-4)
+    assert any(not torch.allclose(trained[name], start[name], atol=1e-3) for name in trained)
+    tested = [lines(runs / name)[-1]["test"]["top1"] for name in ("small", "small-1")]
+    assert tested[0] == tested[1]
+
+
+def test_the_average_is_timms_formula(train, tmp_path, monkeypatch):
+    """After n updates: decay^n * start + (1 - decay) * sum of decay^(n - i) * weights after update i."""
+    snapshots = []
+    update = train_accelerate.ModelEmaV3.update
+
+    def record(average, model):
+        if not snapshots:
+            snapshots.append({name: value.clone() for name, value in average.module.named_parameters()})
+        update(average, model)
+        snapshots.append({name: value.detach().clone() for name, value in model.named_parameters()})
+
+    monkeypatch.setattr(train_accelerate.ModelEmaV3, "update", record)
+    assert train("--epochs", "1", "--model-ema-decay", "0.7")[0] == 0
+    start, *after = snapshots
+    assert len(after) == 3, "48 images in batches of 16"
+    saved = weights(tmp_path / "runs" / "small")
+    for name, value in start.items():
+        expected = 0.7**3 * value + 0.3 * sum(0.7 ** (2 - i) * step[name] for i, step in enumerate(after))
+        torch.testing.assert_close(saved[name], expected.contiguous(), atol=1e-6, rtol=1e-4)
+
+
+def test_layer_decay_lowers_the_rate_from_layer_to_layer_of_the_backbone_alone(train, image_folder):
+    recipe = Recipe(model="tasn", layer_decay=0.5, lr=1.0, model_kwargs=dict(backbone="test_resnet", sample_size=24))
+    model = train_accelerate.build_model(recipe, classes=3)
+    loader = train_accelerate.build_loaders(recipe, load_splits(str(image_folder)), batch_size=16)["train"]
+    optimizer = train_accelerate.build_parts(recipe, model, loader, dict(mean=(0.5,) * 3, std=(0.5,) * 3)).optimizer
+    scale = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    of = {name: scale[id(parameter)] for name, parameter in model.named_parameters()}
+    assert of["heads.shared.weight"] == of["attention_net.classifier.weight"] == 1
+    assert (
+        of["backbone.conv1.0.weight"] < of["backbone.layer1.0.conv1.weight"] < of["backbone.layer4.0.conv1.weight"] < 1
+    )
+
+
+def test_options_of_the_loss_that_do_nothing_are_refused():
+    for kwargs, options, message in (
+        (None, dict(soft_weight=1.0), "soft_weight=1.0 has no effect with model test_resnet, which is not a TASN"),
+        (dict(part_net=False), dict(part_weight=2.0), "part_weight=2.0 has no effect with part_net=False"),
+        (
+            dict(master_net=False),
+            dict(detach_teacher=False),
+            "detach_teacher=False has no effect with master_net=False",
+        ),
+        (dict(heads="shared"), dict(master_weight=0.3), "master_weight=0.3 has no effect with heads='shared'"),
+        ({}, dict(soft_weight=0.0, temperature=4.0), "temperature=4.0 has no effect with soft_weight=0"),
+    ):
+        name = "test_resnet" if kwargs is None else "tasn_tiny"
+        model = timm.create_model(name, num_classes=3, **kwargs or {})
+        with pytest.raises(ValueError, match=re.escape(message)):
+            create_objective(model, Recipe(model=name, **options))
+
+
 def test_the_objective_is_what_the_recipe_says():
     options = dict(temperature=3.0, soft_weight=5.0, part_weight=0.25, attention_weight=0.5, smoothing=0.1)
     recipe = Recipe(detach_teacher=False, **options)
     objective = create_objective(timm.create_model("tasn_tiny", heads="separate"), recipe)
     assert {name: getattr(objective, name) for name in options} == options
     assert (objective.detach_teacher, objective.master_weight) == (False, 1.0)
-    plain = create_objective(timm.create_model("test_resnet", num_classes=3), recipe)
+    plain = create_objective(timm.create_model("test_resnet", num_classes=3), Recipe(smoothing=0.1))
     logits, target = torch.randn(2, 3), torch.tensor([0, 2])
     expected = torch.nn.functional.cross_entropy(logits, target, label_smoothing=0.1)
     torch.testing.assert_close(plain(logits, target)["loss"], expected)

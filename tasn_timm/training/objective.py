@@ -7,11 +7,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..distillation import TASNLoss
-from ..errors import UserError
+from ..errors import UserError, no_effect
 from ..recipe import Recipe
 from ..tasn import TASN
 
 Objective = Callable[[Any, Tensor], dict[str, Tensor]]
+
+
+# What of a recipe belongs to TASNLoss.
+LOSS_OPTIONS = (
+    *("temperature", "soft_weight", "scale_soft", "detach_teacher"),
+    *("attention_weight", "master_weight", "part_weight", "shared_part_weight"),
+)
 
 
 def create_objective(model: nn.Module, recipe: Recipe) -> Objective:
@@ -19,19 +26,20 @@ def create_objective(model: nn.Module, recipe: Recipe) -> Objective:
 
     Returns:
         (output, labels (B,)) -> dict of scalars with "loss" and its parts.
+
+    Raises:
+        UserError: An option of the recipe that has no effect on this model.
     """
+    options = {name: getattr(recipe, name) for name in LOSS_OPTIONS}
     if not isinstance(model, TASN):
+        no_effect(Recipe, options, f"model {recipe.model}, which is not a TASN")
         return lambda output, target: dict(loss=F.cross_entropy(output, target, label_smoothing=recipe.smoothing))
+    if not model.part_net:
+        no_effect(Recipe, options, "part_net=False", except_for=["attention_weight"])
+    if not model.master_net:
+        no_effect(Recipe, options, "master_net=False", except_for=["attention_weight", "part_weight"])
     model.set_distilled_training(True)
-    return TASNLoss(
-        temperature=recipe.temperature,
-        soft_weight=recipe.soft_weight,
-        part_weight=recipe.part_weight,
-        attention_weight=recipe.attention_weight,
-        detach_teacher=recipe.detach_teacher,
-        smoothing=recipe.smoothing,
-        heads=model.heads.heads,
-    )
+    return TASNLoss(**options, smoothing=recipe.smoothing, heads=model.heads.heads)
 
 
 def micro_batch_size(recipe: Recipe, processes: int, model: nn.Module) -> int:
