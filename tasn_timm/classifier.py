@@ -57,8 +57,6 @@ class BackboneClassifier(nn.Module):
         second_order = global_pool == SECOND_ORDER
         if not second_order:
             no_effect(BackboneClassifier, dict(pool_args=pool_args), f"global_pool={global_pool!r}")
-        elif drop_rate:
-            raise UserError(f"drop_rate={drop_rate} has no effect with global_pool={SECOND_ORDER!r}: leave out one.")
         self.backbone = create_backbone(
             backbone,
             img_size,
@@ -70,11 +68,14 @@ class BackboneClassifier(nn.Module):
             **(backbone_args or {}),
             **dd,
         )
+        self.drop_rate = drop_rate
         self.pool_args = pool_args or {}
         self.pool = self._second_order_pool() if second_order else nn.Identity()
         self.heads = Heads(heads, self.head_hidden_size, num_classes, **dd)
         self.num_classes = num_classes
         self.in_chans = in_chans
+        # What timm saves in config.json, besides what it is given, to build the model again.
+        self._model_args = dict(img_size=tuple(img_size))
         # What timm adapts to another number of channels when it loads weights.
         self._traits = dict(first_conv=tuple(f"backbone.{name}" for name in stem_convolutions(self.backbone)))
 
@@ -137,12 +138,10 @@ class BackboneClassifier(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace all classifiers by new ones, 0 for none, and the pooling where one is given."""
-        if global_pool == SECOND_ORDER:
-            self.backbone.reset_classifier(0, "")
-            self.pool = self._second_order_pool().train(self.training)
-        elif global_pool is not None:
-            self.backbone.reset_classifier(0, global_pool)
-            self.pool = nn.Identity()
+        if global_pool is not None:
+            second_order = global_pool == SECOND_ORDER
+            self.pool = self._second_order_pool().train(self.training) if second_order else nn.Identity()
+            self._reset_pool("" if second_order else global_pool)
         self.num_classes = num_classes
         like = next(self.backbone.parameters())
         self.heads = Heads(self.heads.heads, self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
@@ -174,7 +173,23 @@ class BackboneClassifier(nn.Module):
             x = x.flatten(1, 2).mT
         return self.pool(x.flatten(2))  # (B, C, N) -> (B, D)
 
+    def _reset_pool(self, global_pool: str) -> None:
+        """Give the backbone another pooling, and keep what config.json says of the model true."""
+        before = dict(self.backbone._model_args)
+        self.backbone.reset_classifier(0, global_pool)
+        # A ViT keeps its norm where it was, which timm notes among the backbone's arguments.
+        noted = {key: value for key, value in self.backbone._model_args.items() if key not in before}
+        if noted:
+            self._model_args["backbone_args"] = (self._model_args.get("backbone_args") or {}) | noted
+        self._model_args.pop("pool_args", None)
+        if global_pool == "" and self.pool_args:
+            self._model_args["pool_args"] = self.pool_args
+
     def _second_order_pool(self) -> SecondOrderPool:
+        if self.drop_rate:
+            raise UserError(
+                f"drop_rate={self.drop_rate} has no effect with global_pool={SECOND_ORDER!r}: leave out one of them."
+            )
         width, hidden = self.backbone.num_features, self.backbone.head_hidden_size
         if width != hidden:
             raise UserError(

@@ -90,6 +90,12 @@ class TASNLoss(nn.Module):
                 dict(master_weight=master_weight, shared_part_weight=shared_part_weight),
                 f"heads={heads!r}, which has one pair of classifiers",
             )
+        if master_weight == 1:
+            no_effect(TASNLoss, dict(shared_part_weight=shared_part_weight), "master_weight=1")
+        if master_weight == 0:
+            no_effect(TASNLoss, dict(soft_weight=soft_weight), "master_weight=0")
+            if shared_part_weight is not None:
+                no_effect(TASNLoss, dict(part_weight=part_weight), "master_weight=0 and shared_part_weight")
         if soft_weight == 0 or master_weight == 0:
             no_effect(
                 TASNLoss,

@@ -139,6 +139,11 @@ class TASN(BackboneClassifier):
         )
         if attention_net not in PRESETS:
             raise unknown("attention_net", attention_net, PRESETS)
+        if attention_backbone and "backbone" in (attention_args or {}):
+            raise UserError(
+                f"attention_backbone={attention_backbone!r} has no effect with a backbone in attention_args: leave out "
+                f"one of them."
+            )
         layout = PRESETS[attention_net] | (dict(backbone=attention_backbone) if attention_backbone else {})
         grid = dict(
             max_zoom=max_zoom or None,

@@ -182,6 +182,8 @@ class TrilinearAttention(nn.Module):
             raise unknown("reduction", reduction, REDUCTIONS)
         if reduction == "sum":
             raise UserError("reduction='sum' has no effect: the sampler divides by the total. Use 'mean'.")
+        if normalization == "self_attention":  # all its maps count as distinct
+            no_effect(structure_and_detail_maps, dict(reduction=reduction), f"{normalization=}")
         no_effect(
             trilinear_attention,
             dict(spatial_scale=spatial_scale, relation_scale=relation_scale),

@@ -140,6 +140,7 @@ def isqrt_cov(pretrained: bool = False, backbone: str = "resnet50", **kwargs) ->
     kwargs["pretrained_cfg"] = _given_cfg("isqrt_cov", kwargs) or dict(
         architecture="isqrt_cov", **_weights_cfg(backbone)
     )
+    kwargs.setdefault("img_size", kwargs["pretrained_cfg"]["input_size"][1:])
     kwargs.setdefault("global_pool", SECOND_ORDER)
     return _build(BackboneClassifier, "isqrt_cov", pretrained, backbone=backbone, **kwargs)
 

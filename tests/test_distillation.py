@@ -230,3 +230,130 @@ def test_smoothing_outside_its_range_is_refused(smoothing):
 def test_a_temperature_of_zero_is_refused_by_the_function_too():
     with pytest.raises(ValueError, match="temperature must be greater than 0, got 0"):
         soft_target_cross_entropy(torch.zeros(1, 2), torch.zeros(1, 2), 0)
+
+
+def loop_terms(output, temperature):
+    """Every term of `TASNLoss` without its weight; an image's details averaged over the parts. None for no view."""
+    ce = {name: loop_classification(z) for name, z in output._asdict().items() if z is not None and len(z) == B}
+    for name in {"part", "shared_part"} - set(ce):
+        chunks = getattr(output, name).split(B)
+        ce[name] = math.fsum(map(loop_classification, chunks)) / len(chunks)
+    chunks = output.part.split(B)
+    soft = math.fsum(loop_soft_target(output.master, chunk, temperature) for chunk in chunks) / len(chunks)
+    return ce, soft
+
+
+def several_parts(heads, parts):
+    """As `output_of`, with `parts` detail images for every image: all images' first part first."""
+    output = output_of(heads)
+    part = torch.cat([random_logits(10 + p) for p in range(parts)])
+    shared = torch.cat([random_logits(20 + p) for p in range(parts)]) if heads == "both" else part
+    return output._replace(part=part, shared_part=shared)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("scale_soft", [False, True])
+@pytest.mark.parametrize(
+    ("shared_part_weight", "master_weight"), [(None, 0.5), (0.4, 0.5), (None, 0.2), (0.4, 0.2), (None, 1.0)]
+)
+def test_loss_equals_the_formula_with_all_weights(shared_part_weight, master_weight, scale_soft, parts):
+    output, m = several_parts("both", parts), master_weight
+    ce, soft = loop_terms(output, 3.0)
+    shared = 0.3 if shared_part_weight is None else shared_part_weight
+    expected = 1.9 * ce["attention"] + (1 - m) * (ce["logits"] + shared * ce["shared_part"])
+    expected += m * (ce["master"] + 0.3 * ce["part"] + 0.7 * soft * (9 if scale_soft else 1))
+    loss = TASNLoss(**OTHER_WEIGHTS, master_weight=m, shared_part_weight=shared_part_weight, scale_soft=scale_soft)(
+        output, TARGET
+    )["loss"]
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_master_weight_of_zero_leaves_the_shared_classifier():
+    output = output_of("both")
+    ce, _ = loop_terms(output, 10.0)
+    expected = ce["attention"] + ce["logits"] + ce["shared_part"]
+    assert TASNLoss(master_weight=0.0)(output, TARGET)["loss"].item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_defaults_spelled_out_change_nothing():
+    defaults = dict(temperature=10.0, soft_weight=2.0, part_weight=1.0, attention_weight=1.0, detach_teacher=True)
+    more = dict(smoothing=0.0, heads="both", master_weight=0.5, shared_part_weight=1.0, scale_soft=False)
+    output = output_of("both")
+    assert TASNLoss(**defaults, **more)(output, TARGET) == TASNLoss()(output, TARGET)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_several_parts_are_the_average_of_one(heads):
+    output = several_parts(heads, 3)
+    loss = TASNLoss(heads=heads, smoothing=0.1, **OTHER_WEIGHTS)
+    chunks = zip(output.part.split(B), output.shared_part.split(B))
+    single = [loss(output._replace(part=part, shared_part=shared), TARGET) for part, shared in chunks]
+    for name, value in loss(output, TARGET).items():
+        assert value.item() == pytest.approx(sum(parts[name].item() for parts in single) / 3, rel=1e-12), name
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_scale_soft_multiplies_the_soft_target_alone(heads):
+    output, temperature = output_of(heads), 4.0
+    plain = TASNLoss(temperature, heads=heads)(output, TARGET)
+    scaled = TASNLoss(temperature, heads=heads, scale_soft=True)(output, TARGET)
+    assert scaled["soft"].item() == temperature**2 * plain["soft"].item()
+    assert all(scaled[name] == plain[name] for name in ("structure", "detail", "attention"))
+    weight = 1.0 if heads == "both" else 2.0
+    difference = (scaled["loss"] - plain["loss"]).item()
+    assert difference == pytest.approx(weight * (temperature**2 - 1) * plain["soft"].item(), rel=1e-12)
+
+
+def test_scale_soft_makes_the_gradient_independent_of_the_temperature():
+    sizes = {}
+    for scale_soft in (False, True):
+        for temperature in (100.0, 400.0):
+            output = output_of("separate")
+            loss = TASNLoss(temperature, heads="separate", scale_soft=scale_soft)
+            loss(output, TARGET)["soft"].backward()
+            sizes[scale_soft, temperature] = output.master.grad.norm().item()
+    assert sizes[True, 100.0] == pytest.approx(sizes[True, 400.0], rel=0.02)
+    assert sizes[False, 100.0] == pytest.approx(16 * sizes[False, 400.0], rel=0.02)
+
+
+def test_a_model_without_a_part_net_has_no_detail_and_no_soft_target():
+    output = output_of("shared")._replace(part=None, shared_part=None)
+    losses = TASNLoss(heads="shared", attention_weight=0.4)(output, TARGET)
+    assert set(losses) == {"loss", "structure", "attention"}
+    expected = 0.4 * loop_classification(output.attention) + loop_classification(output.logits)
+    assert losses["loss"].item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_model_without_a_master_net_has_its_details_alone():
+    output = several_parts("shared", 2)._replace(logits=None, master=None)
+    losses = TASNLoss(heads="shared", part_weight=0.3)(output, TARGET)
+    assert set(losses) == {"loss", "detail", "attention"}
+    details = [loop_classification(chunk) for chunk in output.part.split(B)]
+    assert losses["detail"].item() == pytest.approx(sum(details) / 2, rel=1e-12)
+    expected = loop_classification(output.attention) + 0.3 * sum(details) / 2
+    assert losses["loss"].item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, math.nan])
+def test_a_master_weight_outside_its_range_is_refused(share):
+    with pytest.raises(ValueError, match=rf"master_weight must be between 0 and 1, got {share}"):
+        TASNLoss(master_weight=share)
+
+
+NO_SOFT_TARGET = [dict(temperature=3.0), dict(detach_teacher=False), dict(scale_soft=True)]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "cause"),
+    [
+        *((other, dict(soft_weight=0.0)) for other in NO_SOFT_TARGET),
+        *((other, dict(master_weight=0.0)) for other in NO_SOFT_TARGET),
+        *((dict(master_weight=0.3), dict(heads=heads)) for heads in ("shared", "separate")),
+        *((dict(shared_part_weight=0.3), dict(heads=heads)) for heads in ("shared", "separate")),
+        (dict(soft_weight=3.0), dict(master_weight=0.0)),
+        (dict(shared_part_weight=0.3), dict(master_weight=1.0)),
+    ],
+)
+def test_weights_without_effect_are_refused_with_their_cause(kwargs, cause):
+    with pytest.raises(ValueError, match=rf"{next(iter(kwargs))}=.* has no effect with {next(iter(cause))}="):
+        TASNLoss(**kwargs, **cause)

@@ -5,12 +5,23 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from tasn_timm import TASN, TASNLoss, TASNOutput
-from tasn_timm.attention_sampler import attention_sample
+from tasn_timm import TASN, TASNLoss, TASNOutput, hub
+from tasn_timm.attention_sampler import SAMPLERS, AttentionSampler, attention_sample
 from tasn_timm.heads import HEADS
-from tasn_timm.trilinear_attention import trilinear_attention
+from tasn_timm.trilinear_attention import NORMALIZATIONS, trilinear_attention
 
 TINY = dict(backbone="test_resnet", num_classes=5, sample_size=32, attention_net="tiny")
+VARIANTS = {
+    "master_only": dict(part_net=False),
+    "part_only": dict(master_net=False),
+    "two_parts": dict(parts=2),
+    "two_parts_alone": dict(parts=2, master_net=False),
+    "shared": dict(parts=3, heads="shared"),
+    "saliency": dict(sampler="saliency", sigma=0.1),
+    "uniform": dict(sampler="uniform", threshold=1.2),
+    "isqrt_cov": dict(sample_size=64, global_pool="isqrt_cov", pool_args=dict(channels=8)),
+    "ranked": dict(selection="ranked", reduction="mean_all", marginal="sum"),
+}
 
 
 def tiny(**kwargs) -> TASN:
@@ -26,9 +37,13 @@ def images(batch: int = 3, height: int = 64, width: int = 64) -> torch.Tensor:
 
 def structure_images(model: TASN, image: torch.Tensor) -> torch.Tensor:
     """Fig. 2 up to (d) from the public functions, with every map built and resized to the image."""
-    maps = trilinear_attention(model.attention_net(image).detach())
-    assert (maps.flatten(2).std(-1) > 0).all(), "distinct maps only, or the plain mean would count dead channels"
-    attention = F.interpolate(maps.mean(1).square()[:, None], size=image.shape[-2:], mode="bilinear")[:, 0]
+    features = model.attention_net(image).detach()
+    maps = trilinear_attention(features)
+    means = []
+    for channels, image_maps in zip(features, maps):
+        alike = [c for c, x in enumerate(channels) if x.max() == x.min()]  # one and the same map, counted once
+        means.append(image_maps[[c for c in range(len(channels)) if c not in alike[1:]]].mean(0))
+    attention = F.interpolate(torch.stack(means).square()[:, None], size=image.shape[-2:], mode="bilinear")[:, 0]
     return attention_sample(image, attention, model.sample_size)
 
 
@@ -65,6 +80,117 @@ def test_training_output_pairs_every_classifier_with_its_view():
     torch.testing.assert_close(output.part, model.heads.part(detail))
     torch.testing.assert_close(output.shared_part, model.heads.shared(detail))
     assert output.attention.shape == (3, 5)
+
+
+def watch(model: TASN) -> dict[str, list]:
+    """What comes by in training: details (B, parts, h, w), the backbone's images, their pooled features."""
+    seen = dict(details=[], images=[], pooled=[])
+    model.trilinear_attention.register_forward_hook(lambda _, args, maps: seen["details"].append(maps[1]))
+    model.backbone.register_forward_hook(lambda _, args, output: seen["images"].append(args[0]))
+    model.backbone.register_forward_hook(lambda _, args, output: seen["pooled"].append(output))
+    model.train().set_distilled_training(True)
+    return seen
+
+
+def test_the_part_net_alone_sees_details_and_is_evaluated_on_the_structure_image():
+    model, image = tiny(master_net=False, detail_shape="square"), images()
+    seen = watch(model)
+    output = model(image)
+    assert [len(x) for x in seen["images"]] == [3]
+    expected = AttentionSampler(32, "square")(image, seen["details"][0][:, 0])
+    torch.testing.assert_close(seen["images"][0], expected, rtol=0, atol=0)
+    assert not torch.allclose(seen["images"][0], model.sample(image), atol=1e-2)
+    assert output.logits is None and output.master is None
+    assert output.part is output.shared_part
+    torch.testing.assert_close(output.part, model.heads.shared(seen["pooled"][0]))
+    model.eval()
+    torch.testing.assert_close(model(image), model.heads.shared(model.backbone(model.sample(image))))
+
+
+def test_the_master_net_alone_sees_structure_images_and_draws_no_random_number():
+    model, image = tiny(part_net=False), images()
+    seen = watch(model)
+    before = torch.get_rng_state()
+    output = model(image)
+    assert torch.equal(before, torch.get_rng_state())
+    assert [len(x) for x in seen["images"]] == [3]
+    torch.testing.assert_close(seen["images"][0], model.sample(image), atol=1e-5, rtol=0)
+    assert output.part is None and output.shared_part is None
+    assert output.logits is output.master
+    torch.testing.assert_close(output.logits, model.heads.shared(seen["pooled"][0]))
+    model.eval()
+    torch.testing.assert_close(model(image), model.heads.shared(model.backbone(model.sample(image))))
+
+
+@pytest.mark.parametrize("master_net", [True, False])
+@pytest.mark.parametrize("parts", [2, 3])
+def test_several_parts_follow_each_other_in_the_batch(parts, master_net):
+    model, image = tiny(parts=parts, master_net=master_net), images()
+    seen = watch(model)
+    output = model(image)
+    (batch,), (pooled,), (details,) = seen["images"], seen["pooled"], seen["details"]
+    first = 3 * master_net
+    assert len(batch) == first + 3 * parts
+    assert output.part.shape == output.shared_part.shape == (3 * parts, 5)
+    classifier = model.heads.part if master_net else model.heads.shared
+    for p in range(parts):
+        rows = slice(3 * p, 3 * p + 3)
+        expected = AttentionSampler(32, "none")(image, details[:, p])
+        torch.testing.assert_close(batch[first:][rows], expected, rtol=0, atol=0)
+        torch.testing.assert_close(output.part[rows], classifier(pooled[first:][rows]))
+        torch.testing.assert_close(output.shared_part[rows], model.heads.shared(pooled[first:][rows]))
+    if master_net:
+        torch.testing.assert_close(batch[:3], model.sample(image), atol=1e-5, rtol=0)
+        torch.testing.assert_close(output.logits, model.heads.shared(pooled[:3]))
+        torch.testing.assert_close(output.master, model.heads.master(pooled[:3]))
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(parts=3),
+        dict(parts=2, heads="separate"),
+        dict(parts=2, heads="shared"),
+        dict(parts=2, master_net=False),
+        dict(part_net=False),
+    ],
+    ids=str,
+)
+def test_plain_training_takes_the_mean_of_an_images_details_as_one_classifier(kwargs):
+    model, image = tiny(**kwargs), images()
+    torch.manual_seed(3)
+    mean = model(image)
+    model.set_distilled_training(True)
+    torch.manual_seed(3)
+    output = model(image)
+    both = model.heads.heads == "both"
+    for b in range(3):
+        logits = [output.attention[b]]
+        for structure in (output.logits, output.master)[: 1 + both]:
+            logits += [] if structure is None else [structure[b]]
+        for detail in (output.part, output.shared_part)[: 1 + both]:
+            logits += [] if detail is None else [sum(detail[b::3]) / len(detail[b::3])]
+        torch.testing.assert_close(mean[b], sum(logits) / len(logits))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("structure_shape", ["square", "none"])
+def test_the_structure_image_is_the_samplers(sampler, structure_shape):
+    model = tiny(sampler=sampler, structure_shape=structure_shape, reduction="mean_all").eval()
+    image = images()
+    maps = trilinear_attention(model.attention_net(image).detach())
+    expected = AttentionSampler(32, structure_shape, sampler=sampler)(image, maps.mean(1))
+    torch.testing.assert_close(model.sample(image), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model(image), model.heads.shared(model.backbone(expected)), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("sample_size", [224, 280, 336, 392, (224, 392)])
+@pytest.mark.parametrize("size", [(512, 512), (448, 640)])
+def test_the_sizes_of_table_4(size, sample_size):
+    model, image = tiny(sample_size=sample_size).eval(), images(1, *size)
+    sampled = model.sample(image)
+    assert sampled.shape[-2:] == model.sample_size
+    torch.testing.assert_close(sampled, structure_images(model, image), atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -105,6 +231,51 @@ def test_every_parameter_gets_a_gradient(heads, distilled):
     loss = TASNLoss(heads=heads)(output, target)["loss"] if distilled else F.cross_entropy(output, target)
     loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("distilled", [True, False])
+def test_every_parameter_of_every_variant_gets_a_gradient(name, distilled):
+    model = tiny(**VARIANTS[name])
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.set_distilled_training(distilled)
+    target = torch.tensor([0, 1, 2])
+    output = model(images(3, 96, 96))
+    loss = TASNLoss(heads=model.heads.heads)(output, target)["loss"] if distilled else F.cross_entropy(output, target)
+    loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_saved_variant_gives_the_same_logits(name, tmp_path):
+    torch.manual_seed(0)
+    model, image = timm.create_model("tasn", **TINY | VARIANTS[name]).eval(), images(2, 96, 96)
+    data_config = timm.data.resolve_model_data_config(model)
+    hub.save_folder(model, tmp_path / "model", label_names=list("abcde"), data_config=data_config)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
+    torch.testing.assert_close(loaded.eval()(image), model(image), rtol=0, atol=0)
+    for each in (model, loaded):
+        each.train().set_distilled_training(True)
+    torch.manual_seed(1)
+    output = model(image)
+    torch.manual_seed(1)
+    for got, expected in zip(loaded(image), output):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_a_step_with_any_formula_of_table_2_lowers_the_loss(normalization):
+    model, image, target = tiny(normalization=normalization), images(), torch.tensor([0, 1, 2])
+    model.set_distilled_training(True)
+    optimizer, losses = torch.optim.SGD(model.parameters(), 0.01), []
+    for _ in range(2):
+        torch.manual_seed(2)  # the same details
+        losses.append(TASNLoss()(model(image), target)["loss"])
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[1] < losses[0]
 
 
 def test_the_attention_net_learns_from_its_own_classifier_alone():
@@ -172,6 +343,22 @@ def test_an_image_smaller_than_the_sample_is_refused():
         (dict(detail_shape="cube"), "unknown map shape 'cube'"),
         (dict(max_zoom=0.5), "max_zoom must be at least 1"),
         (dict(attention_backbone="test_vit", attention_net="published"), "no stage 2"),
+        (dict(master_net=False, part_net=False), "master_net=False and part_net=False"),
+        (dict(parts=0), "parts must be at least 1, got 0: .* part_net=False"),
+        (dict(heads="both", part_net=False), "heads='both' has no effect with part_net=False"),
+        (dict(heads="separate", master_net=False), "heads='separate' has no effect with master_net=False"),
+        (dict(parts=2, part_net=False), "parts=2 has no effect with part_net=False"),
+        (dict(selection="ranked", part_net=False), "selection='ranked' has no effect with part_net=False"),
+        (dict(detail_shape="square", part_net=False), "detail_shape='square' has no effect with part_net=False"),
+        (dict(max_zoom=2.0, sampler="saliency"), "max_zoom=2.0 has no effect with sampler='saliency'"),
+        (dict(iterations=3, sampler="uniform"), "iterations=3 has no effect with sampler='uniform'"),
+        (dict(marginal="sum", sampler="uniform"), "marginal='sum' has no effect with sampler='uniform'"),
+        (dict(sigma=0.3), "sigma=0.3 has no effect with sampler='attention'"),
+        (dict(threshold=2.0, sampler="saliency"), "threshold=2.0 has no effect with sampler='saliency'"),
+        (dict(spatial_scale=3.0, normalization="relation"), "spatial_scale=3.0 has no effect with normalization='rel"),
+        (dict(relation_scale=3.0, normalization="spatial"), "relation_scale=3.0 has no effect with normalization='sp"),
+        (dict(reduction="sum"), "reduction='sum' has no effect"),
+        (dict(sampler="crop"), "unknown sampler 'crop'"),
     ],
 )
 def test_bad_arguments_fail_at_construction(kwargs, message):
@@ -213,13 +400,13 @@ def test_forward_is_head_after_features():
     assert [x.shape[1] for x in levels] == [info["num_chs"] for info in model.feature_info]
 
 
-def test_every_parameter_has_a_layer_and_the_attention_net_comes_first():
+def test_every_parameter_has_a_layer_and_those_beside_the_backbone_are_in_the_last():
     model = tiny()
     layers = timm.models.group_parameters(model, model.group_matcher())
     names = {name for group in layers.values() for name in group}
     assert names == {name for name, _ in model.named_parameters()}
-    assert all(name.startswith("attention_net") for name in layers[min(layers)])
-    assert any(name.startswith("heads") for name in layers[max(layers)])
+    assert {n for n in names if not n.startswith("backbone.")} <= set(layers[max(layers)])
+    assert all(n.startswith("backbone.") for layer, group in layers.items() if layer < max(layers) for n in group)
     assert len(layers) > 3
 
 
@@ -263,3 +450,8 @@ def test_autocast_leaves_attention_and_sampling_alone():
         grid = model.structure_sampler.grid(attention, (64, 64))
     torch.testing.assert_close(attention, expected, rtol=0, atol=0)
     torch.testing.assert_close(grid, model.structure_sampler.grid(expected, (64, 64)), rtol=0, atol=0)
+
+
+def test_more_parts_than_maps_are_refused():
+    with pytest.raises(ValueError, match="parts is 25, but there are 24 maps"):
+        tiny(parts=25)(images())

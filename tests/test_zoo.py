@@ -18,9 +18,12 @@ GENERIC = dict(
     backbone="test_resnet", sample_size=32, attention_backbone="test_resnet", attention_net="lite", num_classes=7
 )
 
+SECOND_ORDER = dict(backbone="test_resnet", num_classes=7, pool_args=dict(channels=8))
+
 
 def test_the_registry_lists_the_models():
     assert set(timm.list_models("tasn*")) == {"tasn", "tasn_tiny", *(f"tasn_{name}" for name in NAMED)}
+    assert timm.list_models("isqrt*") == ["isqrt_cov"]
     assert {f"tasn_{name}.in1k" for name in NAMED} <= set(timm.list_models("tasn*", pretrained=True))
     assert timm.models.list_modules().count("zoo") == 1
 
@@ -88,6 +91,12 @@ def test_published_sizes():
     assert model.heads.heads == "both"
 
 
+@pytest.mark.parametrize(("sample", "image"), [(224, 512), (280, 640), (336, 768), (392, 896)])
+def test_the_input_grows_with_the_sample(sample, image):
+    assert starting_cfg("resnet50", sample)["input_size"] == (3, image, image)
+    assert starting_cfg("resnet50", (sample, 224))["input_size"] == (3, image, 512)
+
+
 def test_the_generic_entry_takes_any_backbone():
     model = timm.create_model(
         "tasn", backbone="test_convnext", num_classes=7, sample_size=32, attention_net="tiny"
@@ -97,11 +106,12 @@ def test_the_generic_entry_takes_any_backbone():
     assert model.pretrained_cfg["mean"] == model.backbone.pretrained_cfg["mean"]
 
 
-def test_the_generic_entry_refuses_tags_and_takes_a_cfg():
-    with pytest.raises(ValueError, match="tasn has no tag 'nonsense'"):
-        timm.create_model("tasn.nonsense", **GENERIC)
+@pytest.mark.parametrize(("name", "arguments"), [("tasn", GENERIC), ("isqrt_cov", SECOND_ORDER)])
+def test_the_generic_entries_refuse_tags_and_take_a_cfg(name, arguments):
+    with pytest.raises(ValueError, match=f"{name} has no tag 'nonsense'"):
+        timm.create_model(f"{name}.nonsense", **arguments)
     cfg = timm.models.PretrainedCfg(mean=(0.1, 0.2, 0.3), num_classes=7)
-    assert timm.create_model("tasn", pretrained_cfg=cfg, **GENERIC).pretrained_cfg["mean"] == (0.1, 0.2, 0.3)
+    assert timm.create_model(name, pretrained_cfg=cfg, **arguments).pretrained_cfg["mean"] == (0.1, 0.2, 0.3)
 
 
 def test_a_vit_as_attention_net_is_adapted_to_other_channels(tmp_path):
@@ -143,6 +153,19 @@ def test_pretrained_takes_both_backbones_from_their_own_repositories(hub_cache, 
             expected = expected.sum(1, keepdim=True)
         torch.testing.assert_close(first.weight, expected)
     assert model.heads.shared.out_features == model.attention_net.classifier.out_features == 7
+
+
+@pytest.mark.parametrize("in_chans", [3, 1])
+def test_pretrained_second_order_pooling_starts_from_its_backbone(hub_cache, no_network, in_chans):
+    torch.manual_seed(0)
+    source = timm.create_model("test_resnet")
+    cache = hub_cache("test_resnet.r160_in1k", source)
+    model = timm.create_model("isqrt_cov", pretrained=True, cache_dir=cache, in_chans=in_chans, **SECOND_ORDER).eval()
+    image = torch.randn(2, in_chans, 64, 64)
+    expected = source.eval().forward_features(image.expand(-1, 3, -1, -1))  # one channel: the stem's are summed
+    torch.testing.assert_close(model.forward_features(image), expected, atol=1e-4, rtol=1e-4)
+    assert model(image).shape == (2, 7)
+    assert model._traits["first_conv"] == ("backbone.conv1.0",)
 
 
 def test_pretrained_fails_clearly_where_the_attention_net_has_no_weights(hub_cache):
