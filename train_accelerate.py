@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, broadcast, set_seed
 from timm.data import resolve_model_data_config
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_info
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -219,7 +219,9 @@ def build_parts(recipe: Recipe, model: nn.Module, loader: DataLoader, data_confi
     try:
         optimizer = create_optimizer_v2(model, recipe.opt, **arguments, **recipe.opt_kwargs)
     except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"opt {recipe.opt} does not take opt_kwargs {recipe.opt_kwargs}: {error}.") from error
+        momentum = f"momentum {recipe.momentum} and " if get_optimizer_info(recipe.opt).has_momentum else ""
+        given = f"{momentum}opt_kwargs {recipe.opt_kwargs}"
+        raise UserError(f"opt {recipe.opt} does not take {given}: {error}.") from error
     scheduler, _ = create_scheduler_v2(
         optimizer,
         recipe.sched,

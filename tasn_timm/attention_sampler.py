@@ -224,6 +224,7 @@ def balance_axes(
         The two densities, again of mean 1.
     """
     _check_max_zoom(max_zoom)
+    _check_iterations(iterations, max_zoom)
     for round_ in range(iterations):
         limit = torch.minimum(density_x.amax(1, keepdim=True), density_y.amax(1, keepdim=True))
         if round_ == 0 and max_zoom is not None:
@@ -321,6 +322,8 @@ class AttentionSampler(nn.Module):
         _check_sigma(sigma)
         _check_threshold(threshold)
         self.output_size = to_2tuple(output_size)
+        if min(self.output_size) < 1:
+            raise UserError(f"sample_size must be at least 1, got {output_size}.")
         self.shape = shape
         self.sampler = sampler
         self.max_zoom = max_zoom
@@ -330,6 +333,8 @@ class AttentionSampler(nn.Module):
         self.threshold = threshold
         settings = dict(max_zoom=max_zoom, iterations=iterations, marginal=marginal, sigma=sigma, threshold=threshold)
         no_effect(AttentionSampler, settings, f"sampler={sampler!r}", except_for=_SAMPLERS[sampler].options)
+        if sampler == "attention":
+            _check_iterations(iterations, max_zoom)
 
     def grid(self, attention: Tensor, image_size: tuple[int, int]) -> Tensor:
         """(B, H', W', 2) for maps (B, h, w) over an image of (H, W) pixels."""
@@ -371,6 +376,13 @@ def _check_threshold(threshold: float) -> None:
 def _grid(x: Tensor, y: Tensor) -> Tensor:
     """Positions in [0, 1], (B, H' or 1, W' or 1) each, as (B, H', W', 2) in [-1, 1]."""
     return 2 * torch.stack(torch.broadcast_tensors(x, y), dim=-1).clamp(0, 1) - 1
+
+
+def _check_iterations(iterations: int, max_zoom: float | None) -> None:
+    if iterations < 0:
+        raise UserError(f"iterations must be 0 or more, got {iterations}.")
+    if iterations == 0 and max_zoom is not None:
+        no_effect(attention_grid, dict(max_zoom=max_zoom), "iterations=0, which leaves the map as it is")
 
 
 def _gaussian(count: int, cells: int, sigma: float, like: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -29,8 +29,7 @@ class BackboneClassifier(nn.Module):
             gradient clipping leaves out the last parameters, which have to be a classifier's.
 
     Raises:
-        ValueError: Unknown backbone, arguments that it does not take, or second-order pooling where it mixes features
-            in its head.
+        ValueError: Unknown backbone, or arguments that it does not take.
     """
 
     def __init__(
@@ -70,6 +69,7 @@ class BackboneClassifier(nn.Module):
         )
         self.drop_rate = drop_rate
         self.pool_args = pool_args or {}
+        self.mixed_features = False  # whether a part of the backbone's head had to go
         self.pool = self._second_order_pool() if second_order else nn.Identity()
         self.heads = Heads(heads, self.head_hidden_size, num_classes, **dd)
         self.num_classes = num_classes
@@ -84,7 +84,7 @@ class BackboneClassifier(nn.Module):
 
     def embed(self, image: Tensor) -> Tensor:
         """Pooled features (B, D) of an image as the backbone sees it."""
-        return self._pool(self.backbone(image))
+        return self.pool(self.backbone(image))
 
     def sample(self, image: Tensor) -> Tensor:
         """What the backbone sees of an image: all of it. `TASN` samples."""
@@ -115,7 +115,7 @@ class BackboneClassifier(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool and classify `forward_features`; pooled features (B, D) with `pre_logits`."""
-        pooled = self._pool(self.backbone.forward_head(x))
+        pooled = self.pool(self.backbone.forward_head(x))
         return pooled if pre_logits else self.heads(pooled)
 
     def forward_intermediates(self, image: Tensor, *args, **kwargs) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
@@ -140,6 +140,11 @@ class BackboneClassifier(nn.Module):
         """Replace all classifiers by new ones, 0 for none, and the pooling where one is given."""
         if global_pool is not None:
             second_order = global_pool == SECOND_ORDER
+            if self.mixed_features and not second_order:
+                raise UserError(
+                    f"global_pool={global_pool!r} cannot take the place of {SECOND_ORDER!r}, for which the head of "
+                    f"{self.backbone.pretrained_cfg['architecture']} was removed: create a new model."
+                )
             self.pool = self._second_order_pool().train(self.training) if second_order else nn.Identity()
             self._reset_pool("" if second_order else global_pool)
         self.num_classes = num_classes
@@ -163,16 +168,6 @@ class BackboneClassifier(nn.Module):
         """
         return {name: _prefixed(pattern) for name, pattern in self.backbone.group_matcher(coarse).items()}
 
-    def _pool(self, x: Tensor) -> Tensor:
-        """Pooled features (B, D) of what the backbone returns, which is unpooled with second-order pooling."""
-        if not isinstance(self.pool, SecondOrderPool):
-            return x
-        if x.ndim == 3:  # tokens (B, N, C), class tokens and registers first
-            x = x[:, getattr(self.backbone, "num_prefix_tokens", 0) :].mT
-        elif getattr(self.backbone, "output_fmt", "NCHW") == "NHWC":
-            x = x.flatten(1, 2).mT
-        return self.pool(x.flatten(2))  # (B, C, N) -> (B, D)
-
     def _reset_pool(self, global_pool: str) -> None:
         """Give the backbone another pooling, and keep what config.json says of the model true."""
         before = dict(self.backbone._model_args)
@@ -190,15 +185,26 @@ class BackboneClassifier(nn.Module):
             raise UserError(
                 f"drop_rate={self.drop_rate} has no effect with global_pool={SECOND_ORDER!r}: leave out one of them."
             )
-        width, hidden = self.backbone.num_features, self.backbone.head_hidden_size
-        if width != hidden:
-            raise UserError(
-                f"global_pool={SECOND_ORDER!r} needs feature maps, but the head of "
-                f"{self.backbone.pretrained_cfg['architecture']} mixes them ({width} to {hidden} features): use a "
-                f"backbone that only pools, such as resnet50 or convnext_tiny."
-            )
+        if self.backbone.num_features != self.backbone.head_hidden_size:
+            # VGG, MobileNetV3 and others mix the features once more in their head, which is no map any more.
+            self.mixed_features = True
+            self.backbone.prune_intermediate_layers([len(self.backbone.feature_info) - 1])
+            self.backbone.reset_classifier(0, "")
         like = next(self.backbone.parameters())
-        return SecondOrderPool(width, **self.pool_args, device=like.device, dtype=like.dtype)
+        has_class_token = getattr(self.backbone, "cls_token", None) is not None
+        try:
+            return SecondOrderPool(
+                self.backbone.num_features,
+                **self.pool_args,
+                prefix_tokens=getattr(self.backbone, "num_prefix_tokens", int(has_class_token)),
+                output_fmt=getattr(self.backbone, "output_fmt", "NCHW"),
+                device=like.device,
+                dtype=like.dtype,
+            )
+        except TypeError as error:
+            raise UserError(
+                f"pool_args={self.pool_args}: {error}. SecondOrderPool has channels, iterations."
+            ) from error
 
 
 def _prefixed(pattern: str | Sequence[tuple]) -> str | list[tuple]:

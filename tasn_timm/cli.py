@@ -4,10 +4,12 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from itertools import zip_longest
+from itertools import combinations, zip_longest
 from pathlib import Path
 from typing import NoReturn
 
+import timm
+import torch
 from torch import nn
 
 from .errors import UserError
@@ -93,6 +95,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     split, names = pick_split(splits, options.split, "--split", data), class_names(splits)
     for source, model in zip(sources, models):
         check_classes(source, model, data, names)
+    _check_different(sources, models)
     families = super_classes(split)
     ensemble = Ensemble(models, options.flip).to(accelerator.device).eval()
     loader = create_loader(split, ensemble.transform(), options.batch_size, workers=options.workers)
@@ -123,6 +126,8 @@ def _models_and_data(options: argparse.Namespace) -> tuple[list[str], str]:
         raise UserError("evaluate needs a model: give a folder such as runs/x, or a name such as tasn_tiny.")
     if options.ensemble and len(sources) < 2:
         raise UserError(f"--ensemble takes two models or more, got {sources[0]!r} alone: leave out --ensemble for one.")
+    if options.ensemble and not data and _is_data(sources[-1]):
+        raise UserError(f"{sources[-1]!r} after --ensemble is a dataset, not a model: give it before --ensemble.")
     if len(data) > 1:
         allowed = (
             "[DATA] --ensemble MODEL MODEL ..." if options.ensemble else "MODEL [DATA], or --ensemble for more models"
@@ -140,6 +145,14 @@ def _models_and_data(options: argparse.Namespace) -> tuple[list[str], str]:
     return sources, dataset
 
 
+def _is_data(name: str) -> bool:
+    from .data.splits import BUILT_IN
+
+    folder = Path(name)
+    is_model = (folder / "config.json").is_file() or (folder / "best").is_dir()
+    return name in BUILT_IN or (folder.is_dir() and not is_model and not timm.is_model(name))
+
+
 def _check_options(options: argparse.Namespace) -> None:
     if options.batch_size < 1:
         raise UserError(f"--batch-size must be 1 or more, got {options.batch_size}.")
@@ -147,6 +160,17 @@ def _check_options(options: argparse.Namespace) -> None:
         raise UserError(f"--workers must be 0 or more, got {options.workers}.")
     if options.json:
         _write(options.json, None)
+
+
+def _check_different(sources: list[str], models: list[nn.Module]) -> None:
+    """An average of a model with itself would look like a measurement of an ensemble."""
+    for (one, model), (other, twin) in combinations(zip(sources, models), 2):
+        weights, others = model.state_dict(), twin.state_dict()
+        if weights.keys() == others.keys() and all(torch.equal(weights[key], others[key]) for key in weights):
+            raise UserError(
+                f"models {one!r} and {other!r} have the same weights, so their average is either: train them with "
+                f"different seeds."
+            )
 
 
 def _write(path: Path, text: str | None) -> None:
@@ -205,7 +229,7 @@ def _quoted(name: str | None) -> str:
 
 
 def by_super_class(classes: dict[str, dict[str, int]], families: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Sum up classes by their super-class (Table 10).
+    """Sum up classes by their super-class, those of the most classes first, as in Table 10.
 
     Args:
         classes: Name -> "correct" and "images".
@@ -219,7 +243,7 @@ def by_super_class(classes: dict[str, dict[str, int]], families: dict[str, str])
         members = [classes[name] for name, above in families.items() if above == family]
         correct, images = (sum(member[key] for member in members) for key in ("correct", "images"))
         result[family] = dict(classes=len(members), images=images, top1=100 * correct / images)
-    return result
+    return dict(sorted(result.items(), key=lambda item: -item[1]["classes"]))
 
 
 def report(result: dict) -> str:

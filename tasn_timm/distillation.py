@@ -1,5 +1,6 @@
 """Details distiller: the part net teaches the master net by soft targets (Sec. 3.3, Eqs. 6-8)."""
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -81,6 +82,12 @@ class TASNLoss(nn.Module):
         _check_temperature(temperature)
         if heads not in _MASTER_WEIGHT:
             raise unknown("heads", heads, _MASTER_WEIGHT)
+        for name, weight in (
+            *(("soft_weight", soft_weight), ("part_weight", part_weight), ("attention_weight", attention_weight)),
+            ("shared_part_weight", shared_part_weight),
+        ):
+            if weight is not None and not 0 <= weight < math.inf:
+                raise UserError(f"{name} must be 0 or more, got {weight}.")
         for name, share in (("smoothing", smoothing), ("master_weight", master_weight)):
             if share is not None and not 0 <= share <= 1:
                 raise UserError(f"{name} must be between 0 and 1, got {share}.")

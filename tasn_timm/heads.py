@@ -62,15 +62,33 @@ class SecondOrderPool(nn.Module):
     (jiangtaoxie/fast-MPN-COV: src/network/mpncovresnet.py). From the covariance on everything is in float32 at least.
 
     Args:
-        in_features: Channels C of the feature maps.
+        in_features: Channels C of the features.
         channels: d, after the reduction.
         iterations: Newton-Schulz steps, see `matrix_sqrt`.
+        prefix_tokens: Leading tokens that are no positions: class token, registers.
+        output_fmt: "NCHW" or "NHWC", of features in four dimensions.
     """
 
-    def __init__(self, in_features: int, channels: int = 256, iterations: int = 5, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        channels: int = 256,
+        iterations: int = 5,
+        *,
+        prefix_tokens: int = 0,
+        output_fmt: str = "NCHW",
+        device=None,
+        dtype=None,
+    ) -> None:
         super().__init__()
         dd = dict(device=device, dtype=dtype)
         _check_iterations(iterations)
+        if channels < 1:
+            raise UserError(
+                f"second-order pooling needs at least 1 channel, got {channels}: 256 is the published number."
+            )
+        self.prefix_tokens = prefix_tokens
+        self.output_fmt = output_fmt
         self.reduce = nn.Sequential(
             nn.Conv1d(in_features, channels, 1, bias=False, **dd), nn.BatchNorm1d(channels, **dd), nn.ReLU()
         )
@@ -79,7 +97,14 @@ class SecondOrderPool(nn.Module):
         self.num_features = channels * (channels + 1) // 2  # 32896 for 256 channels, the paper's 32k
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pool features (B, C, N) at N positions to (B, d (d + 1) / 2)."""
+        """Pool maps (B, C, h, w), or (B, h, w, C), or tokens (B, N, C), to (B, d (d + 1) / 2)."""
+        if x.ndim == 3:
+            x = x[:, self.prefix_tokens :].mT
+        elif self.output_fmt == "NHWC":
+            x = x.movedim(-1, 1)
+        x = x.flatten(2)  # (B, C, N)
+        if x.shape[2] < 2:
+            raise UserError("second-order pooling needs features at several positions, got 1: use larger images.")
         reduced = self.reduce(x)
         with no_autocast(x.device):
             root = matrix_sqrt(covariance(reduced), self.iterations)

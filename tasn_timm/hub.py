@@ -15,8 +15,8 @@ from timm.models import save_for_hf
 from torch import nn
 
 from .attention_net import backbone_cfg
+from .classifier import BackboneClassifier
 from .errors import UserError, unknown
-from .tasn import TASN
 from .zoo import HUB_CONFIGS
 
 
@@ -112,10 +112,10 @@ def load_model(source: str) -> nn.Module:
         The model in evaluation mode, on the CPU.
 
     Raises:
-        UserError: There is no such model, it cannot be read, or it is a TASN without a trained classifier.
+        UserError: There is no such model, it cannot be read, or it is one of ours without a trained classifier.
     """
     name = _timm_name(source)
-    if ":" not in name and name.startswith("tasn") and not backbone_cfg(name).label_names:
+    if ":" not in name and name.startswith(("tasn", "isqrt_cov")) and not backbone_cfg(name).label_names:
         raise _untrained(source)  # before its backbones are downloaded
     try:
         model = timm.create_model(name, pretrained=True)
@@ -123,7 +123,7 @@ def load_model(source: str) -> nn.Module:
         raise
     except (RuntimeError, OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise UserError(f"model {source!r} cannot be loaded: {' '.join(str(error).split())}") from error
-    if isinstance(model, TASN) and not model.pretrained_cfg.get("label_names"):
+    if isinstance(model, BackboneClassifier) and not model.pretrained_cfg.get("label_names"):
         raise _untrained(source)
     return model.eval()
 

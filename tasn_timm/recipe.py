@@ -130,6 +130,11 @@ class Recipe:
                 f"recipe: decay_milestones are for sched multistep, and it needs them; got sched {self.sched} and "
                 f"{self.decay_milestones}."
             )
+        if any(milestone >= self.epochs for milestone in self.decay_milestones):
+            raise UserError(
+                f"recipe: decay_milestones {self.decay_milestones} must be less than epochs ({self.epochs}), or the "
+                f"learning rate never decays: scale them with epochs."
+            )
         for name in ("hflip", "smoothing", "master_weight"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -181,8 +186,9 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     Args:
         name: Name of a recipe of the package, or path of a YAML file.
         overrides: Options that take the place of the file's, as the file's take the place of its base's: of a dict
-            option, only the keys given are replaced; with another model, model_kwargs are dropped; so is what then
-            has no effect, e.g. min_lr with sched multistep.
+            option, only the keys given are replaced. With another model the file's model_kwargs are dropped, but if it
+            is a TASN, too, they might be meant for it, so new ones have to be given. What then has no effect is
+            dropped as well, e.g. min_lr with sched multistep.
 
     Raises:
         UserError: No such recipe, an unknown option, or a value of the wrong type.
@@ -260,7 +266,12 @@ def _override(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     """Options of `above` in the place of those of `below`, see `load_recipe`."""
     below = below.copy()
     if above.get("model", below.get("model")) != below.get("model"):
-        below.pop("model_kwargs", None)
+        kwargs = below.pop("model_kwargs", None)
+        if kwargs and "model_kwargs" not in above and above["model"].startswith("tasn"):
+            raise UserError(
+                f"recipe: model {above['model']!r} takes the place of {below['model']!r}, which has model_kwargs "
+                f"{kwargs}: say with model_kwargs what of them is meant for the new one, nothing for none."
+            )
     for name in _ruled_out(below | above).keys() - _ruled_out(below).keys():
         below.pop(name, None)
     for key, value in above.items():

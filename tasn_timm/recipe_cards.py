@@ -32,11 +32,13 @@ class RecipeCard(NamedTuple):
         train = f"accelerate launch train_accelerate.py --recipe {self.name}"
         if self.data != Recipe.data:  # which is drawn by the package
             train += " --data DIR"
-        folders = [f"runs/{self.name}{f'-{seed}' if seed else ''}/best" for seed in range(row.ensemble)]
-        evaluate = "python -m tasn_timm evaluate" + (" --ensemble " if row.ensemble > 1 else " ") + " ".join(folders)
-        if row.ensemble > 1:
-            return [*(f"{train} --seed {seed}" for seed in range(row.ensemble)), evaluate + " --flip" * row.flip]
-        return [train, evaluate + " --flip" * row.flip] if row.flip or row.super_classes else [train]
+        evaluate, flip = "python -m tasn_timm evaluate", " --flip" * row.flip
+        if row.ensemble > 1:  # each seed in a folder of its own, whatever was trained before
+            folders = [f"runs/seed{seed}" for seed in range(row.ensemble)]
+            trainings = [f"{train} --seed {seed} --output {folder}" for seed, folder in enumerate(folders)]
+            models = " ".join(f"{folder}/{self.name}" for folder in folders)
+            return [*trainings, f"{evaluate} --ensemble {models}{flip}"]
+        return [train, f"{evaluate} runs/{self.name}{flip}"] if row.flip or row.super_classes else [train]
 
 
 def recipe_cards() -> list[RecipeCard]:

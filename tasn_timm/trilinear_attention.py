@@ -5,6 +5,7 @@ The sampler needs only the average of the maps and a few single ones, and both a
 times X. So `structure_and_detail_maps` picks rows first and never builds the C maps.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -161,7 +162,7 @@ class TrilinearAttention(nn.Module):
         parts: Number of detail maps in training mode; in evaluation mode there are none.
 
     Raises:
-        ValueError: An unknown name, or a scale that the formula does not have.
+        ValueError: An unknown name, a scale that is not positive, or one that the formula does not have.
     """
 
     def __init__(
@@ -182,6 +183,9 @@ class TrilinearAttention(nn.Module):
             raise unknown("reduction", reduction, REDUCTIONS)
         if reduction == "sum":
             raise UserError("reduction='sum' has no effect: the sampler divides by the total. Use 'mean'.")
+        for name, scale in (("spatial_scale", spatial_scale), ("relation_scale", relation_scale)):
+            if not 0 < scale < math.inf:
+                raise UserError(f"{name} must be more than 0, got {scale}.")
         if normalization == "self_attention":  # all its maps count as distinct
             no_effect(structure_and_detail_maps, dict(reduction=reduction), f"{normalization=}")
         no_effect(

@@ -46,7 +46,8 @@ def starting_cfg(backbone: str, sample_size: int | tuple[int, int] = 224) -> dic
 
     Args:
         backbone: timm model, with or without the tag of its weights.
-        sample_size: Pixels of the sampled images, one number or (H', W'); the input is 512 / 224 of it, as published.
+        sample_size: Pixels of the sampled images, one number or (H', W'). The input is 512 / 224 of it, as published
+            for 224 (the paper samples larger sizes from 512 pixels, too, as the named models and recipes do).
     """
     sample_size = to_2tuple(sample_size)
     return _weights_cfg(backbone) | dict(
@@ -101,7 +102,10 @@ def _weights_filter(
     if isinstance(model, TASN):
         parts.append(("attention_net.trunk.", model.attention_net.trunk, None))
     for prefix, part, weights in parts:
-        start.update({prefix + key: value for key, value in _pretrained_state(part, weights, cache_dir).items()})
+        pretrained = {prefix + key: value for key, value in _pretrained_state(part, weights, cache_dir).items()}
+        start.update(
+            {key: value for key, value in pretrained.items() if key in start}
+        )  # but for a head that was removed
     return start
 
 
@@ -140,6 +144,10 @@ def isqrt_cov(pretrained: bool = False, backbone: str = "resnet50", **kwargs) ->
     kwargs["pretrained_cfg"] = _given_cfg("isqrt_cov", kwargs) or dict(
         architecture="isqrt_cov", **_weights_cfg(backbone)
     )
+    if kwargs.get("heads", "shared") != "shared":
+        raise UserError(
+            f"heads={kwargs['heads']!r} has no effect with isqrt_cov, which has one classifier: leave it out."
+        )
     kwargs.setdefault("img_size", kwargs["pretrained_cfg"]["input_size"][1:])
     kwargs.setdefault("global_pool", SECOND_ORDER)
     return _build(BackboneClassifier, "isqrt_cov", pretrained, backbone=backbone, **kwargs)

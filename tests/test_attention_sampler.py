@@ -1,6 +1,7 @@
 """Attention sampler: positions against plain loops, an ordinary resize in the limit, and maps nobody would wish for."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -815,3 +816,18 @@ def test_a_setting_that_the_sampler_does_not_take_is_refused(sampler, name):
         return
     with pytest.raises(ValueError, match=f"{name}={OPTIONS[name]!r} has no effect with sampler='{sampler}'"):
         AttentionSampler(8, sampler=sampler, **{name: OPTIONS[name]})
+
+
+def test_iterations_that_leave_no_cap_are_refused_beside_one():
+    for build in (partial(AttentionSampler, 8), partial(attention_grid, torch.rand(1, 4, 4), 8)):
+        build(iterations=0)
+        build(iterations=0, max_zoom=None)
+        with pytest.raises(ValueError, match="max_zoom=2.0 has no effect with iterations=0"):
+            build(iterations=0, max_zoom=2.0)
+        with pytest.raises(ValueError, match="iterations must be 0 or more, got -1"):
+            build(iterations=-1)
+
+
+def test_a_sample_of_no_pixels_is_refused():
+    with pytest.raises(ValueError, match="sample_size must be at least 1, got 0"):
+        AttentionSampler(0)

@@ -114,6 +114,13 @@ def test_the_gradient_of_the_student_is_the_difference_of_the_distributions(temp
         assert gradient == pytest.approx(expected, rel=1e-10, abs=1e-15)
 
 
+@pytest.mark.parametrize("name", ["soft_weight", "part_weight", "attention_weight", "shared_part_weight"])
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_a_weight_that_is_negative_or_not_finite_is_refused(name, weight):
+    with pytest.raises(ValueError, match=f"{name} must be 0 or more, got {weight}"):
+        TASNLoss(**{name: weight})
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weights", [{}, OTHER_WEIGHTS], ids=["default_weights", "other_weights"])
 @pytest.mark.parametrize("heads", HEADS)

@@ -12,7 +12,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 from tasn_timm import cli
@@ -30,12 +30,12 @@ SUPER_OF = [2, 0, 0, 1, 1, 1, 0, 2]  # Pisces has none
 COUNTS = [3, 4, 5, 3, 2, 6, 1, 3]  # test images of each species
 
 
-def write_data(folder: Path, supers: list[int] | None = SUPER_OF) -> Path:
+def write_data(folder: Path, supers: list | None = SUPER_OF, kind: object = None) -> Path:
     """Parquet files of noisy pictures of three sizes: labels, and super-classes where they are given."""
     rng = np.random.default_rng(0)
     features = Features(image=Image(), label=ClassLabel(names=SPECIES))
     if supers:
-        features["super"] = ClassLabel(names=SUPERS)
+        features["super"] = kind or ClassLabel(names=SUPERS)
     for split in ("train", "test"):
         labels = [label for label, count in enumerate(COUNTS) for _ in range(count)]
         rows = []
@@ -202,7 +202,7 @@ def test_super_classes_sum_up_their_classes(command, measure, tmp_path, species)
     p, labels = probabilities([folder], species)
     check(result, p, labels, SPECIES)
     above = torch.tensor(SUPER_OF)[labels]
-    assert list(result["super_classes"]) == SUPERS[:3], "in their order; Pisces has no images"
+    assert list(result["super_classes"]) == SUPERS[:3], "most classes first; Pisces has no images"
     for number, name in enumerate(SUPERS[:3]):
         mine = above == number
         top1 = 100 * (p.argmax(1) == labels)[mine].double().mean().item()
@@ -288,6 +288,10 @@ def test_scores_count_classes_and_tell_top5_only_beyond_5():
         (["evaluate", "{nameless}", "{photos}"], "has 4 classes, but dataset '{photos}' has 3"),
         (["evaluate", "--ensemble", "{best}"], "--ensemble takes two models or more"),
         (["evaluate", "--ensemble", "{best}", "tasn_tiny"], "not trained on the same data"),
+        (["evaluate", "--ensemble", "{best}", "{swapped}", "{photos}"], "'{photos}' after --ensemble is a dataset"),
+        (["evaluate", "--ensemble", "tasn_tiny", "tasn_tiny", "synthbirds"], "'synthbirds' after --ensemble is a"),
+        (["evaluate", "--ensemble", "{best}", "{best}"], "'{best}' and '{best}' have the same weights"),
+        (["evaluate", "isqrt_cov", "synthbirds"], "'isqrt_cov' has no trained classifier"),
         (["evaluate", "a", "b", "--ensemble", "{best}", "{best}"], "too many arguments (a b): evaluate takes [DATA]"),
         (["evaluate", "{best}", "{photos}", "x"], "evaluate takes MODEL [DATA]"),
         (["evaluate", "{best}", "nowhere"], "unknown dataset 'nowhere'"),
@@ -361,6 +365,15 @@ def test_a_class_belongs_to_one_super_class(tmp_path):
     unknown = Dataset(unknown.data, info=split.info)  # ClassLabel's own cast would not let it pass
     with pytest.raises(ValueError, match="column 'super' has -1 for class 'species 0': it must be 0 to 3"):
         super_classes(unknown)
+
+
+def test_super_classes_may_be_text_but_not_numbers(tmp_path):
+    texts = [SUPERS[above] for above in SUPER_OF]
+    splits = load_splits(str(write_data(tmp_path / "text", texts, Value("string"))))
+    assert super_classes(splits["test"]) == dict(zip(SPECIES, texts))
+    assert splits["test"].features["super"] == splits["train"].features["super"]
+    with pytest.raises(ValueError, match="column 'super' of dataset .* must be text or a ClassLabel"):
+        load_splits(str(write_data(tmp_path / "numbers", SUPER_OF, Value("int64"))))
 
 
 def test_json_is_written_whole_or_not_at_all(command, tmp_path, image_folder, monkeypatch):

@@ -112,7 +112,7 @@ def test_gradients_of_the_pool():
     weights = {name: p.detach().clone().requires_grad_() for name, p in pool.named_parameters()}
 
     def pooled(x, *values):
-        return functional_call(pool, dict(zip(weights, values)), x)
+        return functional_call(pool, dict(zip(weights, values)), x[..., None])
 
     assert torch.autograd.gradcheck(pooled, (features(positions=9).requires_grad_(), *weights.values()))
 
@@ -121,27 +121,27 @@ def test_gradients_of_the_pool():
 def test_the_pool_is_the_upper_triangle_of_the_root(iterations):
     pool = trained_pool(iterations=iterations).double().eval()
     x = features()
-    torch.testing.assert_close(pool(x), reference_pool(pool, x), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(pool(x[..., None]), reference_pool(pool, x), rtol=1e-10, atol=1e-12)
 
 
 def test_the_order_of_positions_does_not_matter():
     pool, x = trained_pool().double().train(), features()
-    torch.testing.assert_close(pool(x[..., torch.randperm(20)]), pool(x), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(pool(x[..., torch.randperm(20), None]), pool(x[..., None]), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(("channels", "width"), [(256, 32896), (128, 8256)])
 def test_the_papers_32k_and_8k_features(channels, width):
     pool = SecondOrderPool(16, channels, device="meta")
     assert pool.num_features == width
-    assert pool(torch.empty(2, 16, 49, device="meta")).shape == (2, width)
+    assert pool(torch.empty(2, 16, 7, 7, device="meta")).shape == (2, width)
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("positions", [1, 49])
+@pytest.mark.parametrize("positions", [2, 49])
 def test_features_that_do_not_vary_give_zeros_and_finite_gradients(positions, mode):
     pool = trained_pool().train(mode)
     x = features(3, positions=1, dtype=torch.float32).expand(-1, -1, positions).clone().requires_grad_()
-    pooled = pool(x)
+    pooled = pool(x[..., None])
     torch.testing.assert_close(pooled, torch.zeros_like(pooled), rtol=0, atol=1e-6)
     pooled.sum().backward()
     assert all(tensor.grad.isfinite().all() for tensor in (x, *pool.parameters()))
@@ -165,7 +165,7 @@ def test_autocast_is_close_to_full_precision(dtype, scale):
     for enabled in (False, True):
         pool.zero_grad()
         with torch.autocast("cpu", dtype=dtype, enabled=enabled):
-            pooled = pool(x)
+            pooled = pool(x[..., None])
         (pooled * target).sum().backward()
         results.append([pooled.detach(), *(p.grad.clone() for p in pool.parameters())])
     tolerance = {torch.bfloat16: 0.03, torch.float16: 0.005}[dtype]
@@ -188,6 +188,7 @@ BACKBONES = {
     "test_vit": (dict(), lambda model, x: x[:, 1:].mT),  # a class token first
     "test_vit_registers": (dict(reg_tokens=2), lambda model, x: x[:, 3:].mT),
     "test_convnext": (dict(), lambda model, x: model.backbone.head.norm(x).flatten(2)),
+    "vgg11": (dict(), lambda model, x: x.flatten(2)),  # without the two convolutions of its head
     "swin_tiny_patch4_window7_224": (SWIN, lambda model, x: x.flatten(1, 2).mT),  # NHWC
 }
 
@@ -271,6 +272,28 @@ def test_reset_classifier_changes_the_pooling_there_and_back(backbone, own, arch
     torch.testing.assert_close(save_and_load(model, tmp_path / "model")(image), model(image), rtol=0, atol=0)
 
 
+def test_a_head_that_mixes_features_is_not_there_again():
+    with torch.device("meta"):
+        model = timm.create_model("isqrt_cov", backbone="mobilenetv3_small_050", num_classes=5)
+        assert model(torch.empty(2, 3, 96, 96)).shape == (2, 5)
+        with pytest.raises(ValueError, match="'avg' cannot take the place of 'isqrt_cov'.*mobilenetv3_small_050"):
+            model.reset_classifier(5, "avg")
+        model.reset_classifier(3)
+        assert model(torch.empty(2, 3, 96, 96)).shape == (2, 3)
+
+
+def test_one_position_has_no_covariance():
+    model = timm.create_model("isqrt_cov", backbone="pit_ti_224", num_classes=5, **POOL).eval()  # its class token alone
+    with pytest.raises(ValueError, match="features at several positions, got 1"):
+        model(torch.rand(1, 3, 224, 224))
+
+
+@pytest.mark.parametrize("heads", ["both", "separate"])
+def test_a_plain_classifier_has_no_heads_to_choose(heads):
+    with pytest.raises(ValueError, match=f"heads='{heads}' has no effect with isqrt_cov"):
+        timm.create_model("isqrt_cov", backbone="test_resnet", heads=heads)
+
+
 @pytest.mark.parametrize("architecture", SIZES)
 @pytest.mark.parametrize("pools", [["avg"], ["avg", "isqrt_cov"]])
 def test_a_model_that_left_second_order_pooling_can_be_saved(architecture, pools, tmp_path):
@@ -301,10 +324,11 @@ def test_the_data_config_is_what_the_backbone_takes():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        (dict(backbone="vgg11"), r"isqrt_cov.*head of vgg11 mixes them \(512 to 4096 features\)"),
         (dict(global_pool="avg"), r"pool_args=\{'channels': 8\} has no effect with global_pool='avg'"),
         (dict(drop_rate=0.1), r"drop_rate=0.1 has no effect with global_pool='isqrt_cov'"),
         (dict(pool_args=dict(iterations=1)), r"at least 2 iterations, got 1"),
+        (dict(pool_args=dict(channels=0)), r"at least 1 channel, got 0"),
+        (dict(pool_args=dict(chanels=8)), r"pool_args=\{'chanels': 8\}.*has channels, iterations"),
     ],
 )
 @pytest.mark.parametrize("architecture", SIZES)

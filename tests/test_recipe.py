@@ -204,6 +204,11 @@ def test_files_that_are_no_recipe_are_refused(tmp_path, text):
 def test_only_another_model_drops_the_files_model_kwargs():
     assert load_recipe("synthbirds_plain", dict(model="resnet10t")).model_kwargs["stem_width"] == 12
     assert load_recipe("synthbirds_plain", dict(model="resnet18")).model_kwargs == {}
+    uniform = "cub200_resnet50_224_uniform"
+    with pytest.raises(ValueError, match=r"'tasn_resnet101' takes the place of 'tasn_resnet50'.*'uniform'"):
+        load_recipe(uniform, dict(model="tasn_resnet101"))
+    other = load_recipe(uniform, dict(model="tasn_resnet101", model_kwargs=dict(sampler="saliency")))
+    assert other.model_kwargs == dict(sampler="saliency")
 
 
 def test_names_on_the_command_line_are_text():

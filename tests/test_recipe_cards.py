@@ -132,16 +132,16 @@ def test_a_card_says_what_its_recipe_is_and_its_command_loads_it(card):
 def test_commands_of_rows_that_take_an_evaluation():
     card = RecipeCard("mine", "Mine.", [], None, data="cub200")
     train = "accelerate launch train_accelerate.py --recipe mine --data DIR"
-    assert card.commands(PaperRow(7, "row", flip=True)) == [train, "python -m tasn_timm evaluate runs/mine/best --flip"]
+    assert card.commands(PaperRow(7, "row", flip=True)) == [train, "python -m tasn_timm evaluate runs/mine --flip"]
     assert card.commands(PaperRow(10, "row", super_classes=True)) == [
         train,
-        "python -m tasn_timm evaluate runs/mine/best",
+        "python -m tasn_timm evaluate runs/mine",
     ]
     assert card.commands(PaperRow(6, "row", ensemble=3)) == [
-        f"{train} --seed 0",
-        f"{train} --seed 1",
-        f"{train} --seed 2",
-        "python -m tasn_timm evaluate --ensemble runs/mine/best runs/mine-1/best runs/mine-2/best",
+        f"{train} --seed 0 --output runs/seed0",
+        f"{train} --seed 1 --output runs/seed1",
+        f"{train} --seed 2 --output runs/seed2",
+        "python -m tasn_timm evaluate --ensemble runs/seed0/mine runs/seed1/mine runs/seed2/mine",
     ]
 
 
@@ -164,9 +164,9 @@ def test_the_table_is_in_the_papers_order_with_commands():
         " 85.0      84.0  mine       one",
         f"{train} mine --data DIR",
         " 87.0         -  mine       two",
-        f"{train} mine --data DIR --seed 0",
-        f"{train} mine --data DIR --seed 1",
-        "    python -m tasn_timm evaluate --ensemble runs/mine/best runs/mine-1/best",
+        f"{train} mine --data DIR --seed 0 --output runs/seed0",
+        f"{train} mine --data DIR --seed 1 --output runs/seed1",
+        "    python -m tasn_timm evaluate --ensemble runs/seed0/mine runs/seed1/mine",
         "",
         TITLES[10],
         "-" * len(TITLES[10]),

@@ -217,6 +217,11 @@ def test_training_goes_on_from_a_folder(train, tmp_path):
         (["--model", "local-dir:nowhere"], "there is no model folder 'nowhere'"),
         (["--opt", "adamm"], "did you mean 'adam'"),
         (["--opt-kwargs", "foo=1"], "opt adamw does not take opt_kwargs {'foo': 1}"),
+        (["--opt", "sgd", "--momentum", "0"], "opt sgd does not take momentum 0.0 and opt_kwargs {}: Nesterov"),
+        (
+            ["--sched", "multistep", "--decay-milestones", "[1, 2]", "--epochs", "2", "--warmup-epochs", "0"],
+            "decay_milestones [1, 2] must be less than epochs (2)",
+        ),
         (["--model-kwargs", "foo"], "KEY=VALUE arguments cannot be read"),
         (["--model-kwargs", "in_chans=1"], "pictures have 3 channels"),
         (["--model", "tasn_tiny", "--pretrained", "--model-kwargs", "attention_net=tny"], "did you mean 'tiny'"),

@@ -430,3 +430,10 @@ def test_there_are_as_many_parts_as_maps_and_no_more(channels, normalization):
 
     with pytest.raises(ValueError, match=f"parts is {count + 1}, but there are {count} maps"):
         structure_and_detail_maps(features, normalization=normalization, parts=count + 1)
+
+
+@pytest.mark.parametrize("name", ["spatial_scale", "relation_scale"])
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
+def test_a_scale_that_is_not_positive_is_refused(name, scale):
+    with pytest.raises(ValueError, match=f"{name} must be more than 0, got {scale}"):
+        TrilinearAttention(**{name: scale})

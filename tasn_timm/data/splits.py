@@ -32,10 +32,12 @@ def load_splits(name: str) -> datasets.DatasetDict:
 
     Returns:
         Splits with the columns "image" (`datasets.Image`), "label" (`datasets.ClassLabel`) and, of data that has a
-        `ClassLabel` column of that name, "super": the super-class of each image's class (Table 10).
+        column of that name, "super" (`datasets.ClassLabel`; may be text): the super-class of each image's class
+        (Table 10).
 
     Raises:
-        UserError: Nothing of that name, or data without one image and, beside "super", one label column.
+        UserError: Nothing of that name, data without one image and, beside "super", one label column, or a "super"
+            that is neither text nor a label.
     """
     if name in BUILT_IN:
         return BUILT_IN[name]()
@@ -144,6 +146,20 @@ def _standard_columns(splits: datasets.DatasetDict, name: str) -> datasets.Datas
             beside = ", besides 'super'" if "super" in features else ""
             raise UserError(f"dataset {name!r} needs exactly one {kind.__name__} column{beside}, but has {listing}.")
         columns[found[0]] = column
-    if isinstance(features.get("super"), ClassLabel):
+    if "super" in features:
         columns["super"] = "super"
+        splits = _label_column(splits, "super", name)
     return splits.select_columns(list(columns)).rename_columns({k: v for k, v in columns.items() if k != v})
+
+
+def _label_column(splits: datasets.DatasetDict, column: str, name: str) -> datasets.DatasetDict:
+    """Make labels of a column of text, the same in all splits."""
+    from datasets import ClassLabel, Value
+
+    feature = next(iter(splits.values())).features[column]
+    if isinstance(feature, ClassLabel):
+        return splits
+    if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string")):
+        raise UserError(f"column {column!r} of dataset {name!r} must be text or a ClassLabel, but is {feature}.")
+    texts = sorted({text for split in splits.values() for text in split.unique(column) if text is not None})
+    return splits.cast_column(column, ClassLabel(names=texts))
