@@ -185,16 +185,20 @@ class TASN(BackboneClassifier):
         self._traits = dict(first_conv=stem + self._traits["first_conv"])
 
     def forward(self, image: Tensor) -> Tensor | TASNOutput:
+        # Without iteration or len(), which torch.fx cannot trace.
         features = self.attention_net(image)  # X: (B, C, h, w)
-        structure_map, detail_maps = self.trilinear_attention(features)  # Eq. 2: (B, h, w), (B, parts, h, w)
+        maps = self.trilinear_attention(features)  # Eq. 2: (B, h, w), (B, parts, h, w)
+        structure_map, detail_maps = maps[0], maps[1]
         if not self.training or self.num_classes == 0:
             return self.heads(self.embed(self.structure_sampler(image, structure_map)))
 
         views = [self.structure_sampler(image, structure_map)] if self.master_net else []  # I_s: (B, 3, H', W')
-        views += [self.detail_sampler(image, part) for part in detail_maps.unbind(1)]  # I_d
+        views += [self.detail_sampler(image, detail_maps[:, i]) for i in range(self.trilinear_attention.parts)]  # I_d
         pooled = self.embed(torch.cat(views))  # one batch: shared weights and BatchNorm statistics
-        structure, detail = pooled.tensor_split([len(image) * self.master_net])
-        logits = self.heads.forward_views(structure if self.master_net else None, detail if self.part_net else None)
+        first = image.shape[0] if self.master_net else 0
+        logits = self.heads.forward_views(
+            pooled[:first] if self.master_net else None, pooled[first:] if self.part_net else None
+        )
         output = TASNOutput(*logits, self.attention_net.classify(features))
         return output if self.distilled_training else self._mean_logits(output)
 

@@ -1,6 +1,7 @@
 """Named models for timm's registry. Their default_cfgs come from hub_configs/, one file per architecture and tag."""
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -50,7 +51,11 @@ def starting_cfg(backbone: str, sample_size: int | tuple[int, int] = 224) -> dic
             for 224 (the paper samples larger sizes from 512 pixels, too, as the named models and recipes do).
     """
     sample_size = to_2tuple(sample_size)
-    return _weights_cfg(backbone) | dict(
+    cfg = _weights_cfg(backbone)
+    if cfg["pool_size"]:  # at the backbone's own input size
+        strides = (side / positions for side, positions in zip(cfg["input_size"][1:], cfg["pool_size"]))
+        cfg["pool_size"] = tuple(math.ceil(side / stride) for side, stride in zip(sample_size, strides))
+    return cfg | dict(
         input_size=(3, *(round(side * 512 / 224) for side in sample_size)),
         min_input_size=(3, *sample_size),
         crop_pct=1.0,
@@ -77,7 +82,7 @@ def _create_tasn(variant: str, pretrained: bool, backbone: str, **kwargs) -> TAS
 
 
 def _build(cls: type[BackboneClassifier], variant: str, pretrained: bool, **kwargs) -> BackboneClassifier:
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         cls,
         variant,
         pretrained,
@@ -85,6 +90,10 @@ def _build(cls: type[BackboneClassifier], variant: str, pretrained: bool, **kwar
         pretrained_filter_fn=partial(_weights_filter, cache_dir=kwargs.get("cache_dir")),
         **kwargs,
     )
+    # The names depend on the backbone, so the generic entries' cfgs do not have them.
+    if not model.pretrained_cfg.get("first_conv"):
+        model.pretrained_cfg["first_conv"] = getattr(model, "model", model)._traits["first_conv"]
+    return model
 
 
 def _weights_filter(

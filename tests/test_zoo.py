@@ -182,3 +182,15 @@ def test_own_weights_are_loaded_as_they_are(tmp_path):
     model = timm.create_model("tasn", pretrained=True, pretrained_cfg_overlay=overlay, **GENERIC)
     for name, value in source.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "sample_size", "pool_size"), [("test_resnet", 96, (3, 3)), ("test_vit", 160, None)]
+)
+def test_a_generic_entry_describes_the_model_that_it_makes(backbone, sample_size, pool_size):
+    model = timm.create_model("tasn", backbone=backbone, sample_size=sample_size, attention_net="tiny", num_classes=5)
+    state, cfg = model.state_dict(), model.default_cfg
+    assert {f"{name}.weight" for name in (*cfg["first_conv"], *cfg["classifier"])} <= state.keys()
+    assert len(cfg["first_conv"]) == 2
+    if pool_size:
+        assert cfg["pool_size"] == pool_size == tuple(model.forward_features(torch.rand(1, 3, 224, 224)).shape[2:])
