@@ -29,9 +29,9 @@ def _flat_top(attention: Tensor, quantile: float = 0.7, clip: float = 0.5) -> Te
     Squaring enlarges the middle of an object and starves its ends; a flat top enlarges all of it alike.
     """
     cells = attention.flatten(1)
-    floor = cells.quantile(quantile, dim=1, keepdim=True)
+    floor = _quantile(cells, quantile)
     height = (cells.amax(1, keepdim=True) - floor).clamp(min=torch.finfo(cells.dtype).tiny)
-    return ((cells - floor) / height).clamp(0, clip).square().view_as(attention)
+    return ((cells - floor) / height).clamp(0.0, clip).square().view_as(attention)
 
 
 # What is done to a map before it guides the sampler.
@@ -252,7 +252,7 @@ def inverse_distribution(density: Tensor, count: int) -> Tensor:
     left = F.pad(right[:, :-1], (1, 0))
     target = (torch.arange(count, device=density.device, dtype=density.dtype) + 0.5) / count
     target = target.expand(density.shape[0], -1).contiguous()
-    cell = torch.searchsorted(right, target, right=True).clamp(max=cells - 1)  # the first one that ends beyond
+    cell = _count_up_to(right, target).clamp(max=cells - 1)  # the first one that ends beyond
     start, end = left.gather(1, cell), right.gather(1, cell)
     inside = ((target - start) / (end - start).clamp(min=torch.finfo(density.dtype).tiny)).clamp(0, 1)
     return (cell + inside) / cells
@@ -413,6 +413,24 @@ def _box_positions(inside: Tensor, count: int, least: float) -> Tensor:
     length = (end - start).clamp(min=least)
     start = torch.minimum(((start + end - length) / 2).clamp(min=0), 1 - length)
     return start + length * (torch.arange(count, device=inside.device, dtype=inside.dtype) + 0.5) / count
+
+
+def _quantile(values: Tensor, fraction: float) -> Tensor:
+    """`torch.quantile` along the second dimension of (B, n): (B, 1)."""
+    if not torch.compiler.is_exporting():
+        return values.quantile(fraction, dim=1, keepdim=True)
+    # ONNX has neither quantiles nor stable sorting.
+    position = fraction * (values.shape[1] - 1)
+    below = math.floor(position)
+    highest = values.topk(values.shape[1] - below, dim=1).values  # from the highest down to the one below
+    return torch.lerp(highest[:, -1:], highest[:, -2:][:, :1], position - below)
+
+
+def _count_up_to(values: Tensor, limits: Tensor) -> Tensor:
+    """How many of the increasing values (B, n) do not exceed each limit (B, m): (B, m)."""
+    if torch.compiler.is_exporting():  # ONNX has no search
+        return (values[:, :, None] <= limits[:, None, :]).sum(1)
+    return torch.searchsorted(values, limits, right=True)
 
 
 def _finite(attention: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
-"""python -m tasn_timm evaluate | recipes."""
+"""python -m tasn_timm evaluate | export | recipes | run."""
 
 import argparse
 import json
 import os
+import runpy
+import sys
 from collections.abc import Sequence
 from itertools import combinations, zip_longest
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 from .errors import UserError
+from .export import INPUTS, export
 
 EXAMPLES = """examples:
   python -m tasn_timm evaluate tasn_tiny                              # the dataset that it was trained on
@@ -65,6 +68,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--workers", type=int, default=2, help="processes that load images; 0: none (default: %(default)s)")
     add("--cpu", action="store_true", help="do not use an accelerator")
     command.set_defaults(run=_evaluate)
+    command = commands.add_parser(
+        "export",
+        help="write a trained model as an ONNX or torch.export file",
+        description=f"Write a trained model to a file that takes batches of any size, and compare the two on "
+        f"{INPUTS} random inputs. The file's metadata says how to prepare pictures, and names the classes.",
+        epilog="example:\n  python -m tasn_timm export runs/cub cub.onnx",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_argument("model", metavar="MODEL", help="as of evaluate")
+    command.add_argument("file", metavar="FILE", type=Path, help="ends in .onnx, or in .pt2 for torch.export")
+    command.set_defaults(run=_export)
+    command = commands.add_parser(
+        "run",
+        help="run one of timm's scripts with these models",
+        description="Run a script, such as timm's train.py, validate.py, inference.py, benchmark.py or onnx_export.py, "
+        "with these models registered. train.py trains a TASN with its own loss.",
+        epilog="example:\n  python -m tasn_timm run validate.py photos/ --model tasn_tiny --pretrained",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_argument("script", metavar="SCRIPT", type=Path, help="a Python file")
+    command.add_argument("arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER, help="the script's own")
+    command.set_defaults(run=_run)
     command = commands.add_parser("recipes", help="list the recipes and what the paper and we measured")
     command.set_defaults(run=_recipes)
     options = parser.parse_args(arguments)
@@ -75,6 +102,26 @@ def _recipes(options: argparse.Namespace) -> None:
     from .recipe_cards import recipe_cards, recipes_table
 
     print(recipes_table(recipe_cards()))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from .hub import load_model
+
+    difference = export(load_model(options.model), options.file)
+    print(f"{options.file}: logits within {difference:.1e} of {options.model} on {INPUTS} random inputs")
+
+
+def _run(options: argparse.Namespace) -> None:
+    import timm.task
+
+    from .task import create_task
+
+    if not options.script.is_file():
+        raise UserError(f"there is no script {str(options.script)!r}: give the path of a Python file.")
+    timm.task.ClassificationTask = create_task  # what train.py imports by name
+    sys.argv = [str(options.script), *options.arguments]
+    sys.path[0] = str(options.script.parent)  # as Python does for a script
+    runpy.run_path(str(options.script), run_name="__main__")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -1,6 +1,8 @@
 """Details distiller: the part net teaches the master net by soft targets (Sec. 3.3, Eqs. 6-8)."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,6 +59,8 @@ class TASNLoss(nn.Module):
         master_weight: Share of the master and part classifiers, 0 to 1, the shared one having the rest. None: 1/2 with
             heads="both". With one pair of classifiers it is 1.
         shared_part_weight: `part_weight` of the shared classifier; None for the same.
+        criterion: Classification loss, (logits (N, K), targets) -> scalar, in the place of cross-entropy; it may take
+            soft targets (B, K), such as timm's with mixup.
         scale_soft: Multiply L_soft by T^2, which makes its gradient's size independent of T (Hinton et al., 2015).
             Neither paper nor published code does.
 
@@ -77,6 +81,7 @@ class TASNLoss(nn.Module):
         master_weight: float | None = None,
         shared_part_weight: float | None = None,
         scale_soft: bool = False,
+        criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         _check_temperature(temperature)
@@ -114,14 +119,16 @@ class TASNLoss(nn.Module):
         self.part_weight = part_weight
         self.attention_weight = attention_weight
         self.detach_teacher = detach_teacher
-        self.smoothing = smoothing
+        if criterion is not None:
+            no_effect(TASNLoss, dict(smoothing=smoothing), "criterion")
+        self.criterion = criterion or partial(F.cross_entropy, label_smoothing=smoothing)
         self.heads = heads
         self.master_weight = _MASTER_WEIGHT[heads] if master_weight is None else master_weight
         self.shared_part_weight = part_weight if shared_part_weight is None else shared_part_weight
         self.soft_scale = temperature**2 if scale_soft else 1.0
 
     def forward(self, output: "TASNOutput", target: Tensor) -> dict[str, Tensor]:
-        """Compute the loss of a `TASNOutput` against class indices (B,).
+        """Compute the loss of a `TASNOutput` against class indices (B,), or what `criterion` takes.
 
         Returns:
             Scalars: "loss" and its parts before `attention_weight`, `part_weight` and lambda: "structure", "detail",
@@ -148,8 +155,8 @@ class TASNLoss(nn.Module):
         return dict(loss=loss, **losses)
 
     def _classify(self, logits: Tensor, target: Tensor) -> Tensor:
-        target = target.repeat(len(logits) // len(target))  # several parts of the same images
-        return F.cross_entropy(_precise(logits), target, label_smoothing=self.smoothing)
+        parts = len(logits) // len(target)  # of the same images
+        return self.criterion(_precise(logits), target.repeat(parts, *[1] * (target.ndim - 1)))
 
 
 def _check_temperature(temperature: float) -> None:

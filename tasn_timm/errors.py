@@ -11,6 +11,10 @@ class UserError(ValueError):
     """Something that the user can put right. Commands print it as one line, without a traceback, and exit with 2."""
 
 
+class NumericalError(ArithmeticError):
+    """A computation went wrong. Commands print it as one line, without a traceback, and exit with 3."""
+
+
 def unknown(what: str, got: object, allowed: Iterable[str]) -> UserError:
     """Build the error for a name that is not in a fixed set.
 
@@ -53,13 +57,13 @@ def no_effect(
 
 
 def run_command(main: Callable[[], None]) -> int:
-    """Run a command and return its exit code: 0, or 2 after printing a `UserError` as one line."""
+    """Run a command and return its exit code: 0; after one line 2 for a `UserError`, 3 for a `NumericalError`."""
     try:
         main()
-    except UserError as error:
+    except (UserError, NumericalError) as error:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f"process {rank}: "  # an unreadable image, say, is met by one process only
         # A DataLoader's worker hands its error over with its traceback, the message last.
         print(f"{where}error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 3
     return 0

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import timm
 from timm.layers import to_2tuple
-from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from torch import Tensor, nn
 
 from .attention_net import PRESETS, backbone_cfg
@@ -82,60 +88,89 @@ def _create_tasn(variant: str, pretrained: bool, backbone: str, **kwargs) -> TAS
 
 
 def _build(cls: type[BackboneClassifier], variant: str, pretrained: bool, **kwargs) -> BackboneClassifier:
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    source = _source(vars(cfg))
+    untouched = source == _source(_weights_cfg(kwargs["backbone"]))
+    # What is sure to be a backbone's is left to timm, whose loaders know its format. Elsewhere the keys tell.
+    starts = pretrained and (untouched or "custom_load" in source)
+    cache_dir = kwargs.get("cache_dir")
     model = build_model_with_cfg(
         cls,
         variant,
-        pretrained,
+        pretrained and not starts,
         feature_cfg=dict(out_indices=None, feature_cls="getter"),
-        pretrained_filter_fn=partial(_weights_filter, cache_dir=kwargs.get("cache_dir")),
+        pretrained_filter_fn=partial(_weights_filter, cache_dir=cache_dir),
         **kwargs,
     )
+    classifier = getattr(model, "model", model)  # features_only=True wraps it
+    if starts:
+        classifier.load_state_dict(_starting_state(classifier, {} if untouched else source, cache_dir))
     # The names depend on the backbone, so the generic entries' cfgs do not have them.
     if not model.pretrained_cfg.get("first_conv"):
-        model.pretrained_cfg["first_conv"] = getattr(model, "model", model)._traits["first_conv"]
+        model.pretrained_cfg["first_conv"] = classifier._traits["first_conv"]
     return model
 
 
-def _weights_filter(
-    state_dict: dict[str, Tensor], model: BackboneClassifier, cache_dir: str | Path | None = None
-) -> dict[str, Tensor]:
-    """Weights of one of our models as they are; weights of its backbone alone become a starting point.
+def _source(cfg: dict) -> dict:
+    """Where the weights of a cfg are, and whether they need a loader of their own."""
+    keys = ("state_dict", "file", "hf_hub_id", "hf_hub_filename", "url", "custom_load")
+    return {key: cfg[key] for key in keys if cfg.get(key)}
 
-    A starting point has the backbone's weights, those of the attention net's backbone from its own repository, and new
-    classifiers, dilated convolutions and second-order pooling.
-    """
+
+def _weights_filter(
+    state_dict: dict[str, Tensor], model: BackboneClassifier, cache_dir: str | Path | None
+) -> dict[str, Tensor]:
+    """Weights of one of our models as they are; weights of its backbone alone become a starting point."""
     if any(key.startswith("backbone.") for key in state_dict):
         return state_dict
-    start = model.state_dict()
-    parts = [("backbone.", model.backbone, state_dict)]
+    return _starting_state(model, dict(state_dict=state_dict), cache_dir)
+
+
+def _starting_state(model: BackboneClassifier, source: dict, cache_dir: str | Path | None) -> dict[str, Tensor]:
+    """State of a model whose backbones have their pretrained weights, and all else is new.
+
+    New are the classifiers, the dilated convolutions and the second-order pooling. The weights of the attention net's
+    backbone come from its own repository.
+
+    Args:
+        model: As created, without weights.
+        source: What `_source` says of the backbone's weights; empty for those of its own repository.
+        cache_dir: For downloads.
+    """
+    parts = {"backbone.": (model.backbone, source)}
     if isinstance(model, TASN):
-        parts.append(("attention_net.trunk.", model.attention_net.trunk, None))
-    for prefix, part, weights in parts:
-        pretrained = {prefix + key: value for key, value in _pretrained_state(part, weights, cache_dir).items()}
-        start.update(
-            {key: value for key, value in pretrained.items() if key in start}
-        )  # but for a head that was removed
+        parts["attention_net.trunk."] = (model.attention_net.trunk, {})
+    for part, given in parts.values():  # before any download
+        if not (given or _source(part.pretrained_cfg)):
+            presets = ", ".join(key for key in PRESETS if key != "tiny")
+            role = "backbone" if part is model.backbone else "backbone of the attention net"
+            instead = "a backbone" if part is model.backbone else f"an attention_net ({presets})"
+            raise UserError(
+                f"there are no pretrained weights for {_name(part)}, the {role}: use pretrained=False, or {instead} "
+                f"with weights."
+            )
+    start = model.state_dict()
+    for prefix, (part, given) in parts.items():
+        pretrained = _pretrained_state(part, given, cache_dir)
+        start |= {prefix + key: pretrained[key] for key in part.state_dict()}  # without a head that was removed
     return start
 
 
-def _pretrained_state(part: nn.Module, weights: dict[str, Tensor] | None, cache_dir: str | Path | None) -> dict:
-    """What timm makes of a backbone's pretrained weights, resized and renamed for its arguments, for 3 channels.
-
-    Args:
-        part: A model made by timm.create_model.
-        weights: Its weights as published; None to download them.
-    """
-    cfg = part.pretrained_cfg
-    name = f"{cfg['architecture']}.{cfg['tag']}" if cfg.get("tag") else cfg["architecture"]
-    if weights is None and not get_pretrained_cfg(name).has_weights:
-        raise UserError(
-            f"there are no pretrained weights for {name}, the backbone of the attention net: use pretrained=False, or "
-            f"an attention_net with weights ({', '.join(key for key in PRESETS if key != 'tiny')})."
+def _pretrained_state(part: nn.Module, source: dict, cache_dir: str | Path | None) -> dict[str, Tensor]:
+    """What timm makes of a backbone's weights: resized, renamed and adapted for its arguments."""
+    try:
+        twin = timm.create_model(
+            _name(part), pretrained=True, pretrained_cfg_overlay=source, cache_dir=cache_dir, **part._model_args
         )
-    overlay = dict(state_dict=weights) if weights is not None else None
-    arguments = {**part._model_args, "in_chans": cfg["input_size"][0]}
-    twin = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=cache_dir, **arguments)
+    except OSError as error:  # no such file, repository or network
+        reason = " ".join(str(error).split())
+        raise UserError(f"the pretrained weights of {_name(part)} cannot be read: {reason}") from error
     return twin.state_dict()
+
+
+def _name(part: nn.Module) -> str:
+    cfg = part.pretrained_cfg
+    return f"{cfg['architecture']}.{cfg['tag']}" if cfg.get("tag") else cfg["architecture"]
 
 
 @register_model
@@ -167,7 +202,7 @@ def _given_cfg(architecture: str, kwargs: dict) -> dict | None:
     cfg = kwargs.get("pretrained_cfg")
     if isinstance(cfg, str):
         raise UserError(f"{architecture} has no tag {cfg!r}: give the backbone's, as in backbone='resnet50.a1_in1k'.")
-    return cfg.to_dict() if isinstance(cfg, PretrainedCfg) else cfg
+    return (PretrainedCfg(**cfg) if isinstance(cfg, dict) else cfg).to_dict() if cfg else None
 
 
 @register_model
