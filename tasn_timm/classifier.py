@@ -1,6 +1,7 @@
 """A timm backbone with our choice of pooling and classifiers, and what timm expects of a model."""
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 from torch import Tensor, nn
 
@@ -155,6 +156,16 @@ class BackboneClassifier(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the backbone's activations in the backward pass to save memory."""
         self.backbone.set_grad_checkpointing(enable)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Say what to use in the place of torch.jit.script, which asks this first.
+
+        PyTorch has deprecated it; it cannot read how formulas, samplers and maps are looked up by their names.
+        """
+        raise UserError(
+            "torch.jit.script does not take this model: use torch.compile, torch.export, torch.jit.trace or `python -m "
+            "tasn_timm export` (ONNX)."
+        )
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that the backbone does not want decayed."""

@@ -29,8 +29,8 @@ def export(model: nn.Module, path: Path) -> float:
         path: Ends in ".onnx", or in ".pt2" for torch.export.
 
     Returns:
-        Largest difference of a logit, relative to the largest logit where that is above 1, over 20 random inputs, smooth
-        as pictures are, in batches of 1 to 3.
+        Largest difference of a logit, relative to the largest logit where that is above 1, over 20 random inputs,
+        smooth as pictures are, in batches of 1 to 3.
 
     Raises:
         UserError: Another ending, a folder that is not there, or the packages of the extra "export" are missing.

@@ -35,6 +35,7 @@ class Measured:
 
     @property
     def metrics(self) -> dict[str, float]:
+        """ "top1" and, where it was measured, "top5", in percent."""
         values = dict(top1=self.top1, top5=self.top5)
         return {name: value for name, value in values.items() if value is not None}
 

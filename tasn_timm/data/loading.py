@@ -91,6 +91,7 @@ class KeyedSampler(Sampler):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Take the order of this epoch; accelerate calls it."""
         self.epoch = epoch
 
     def __len__(self) -> int:

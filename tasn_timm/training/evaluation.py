@@ -34,6 +34,7 @@ class Scores:
 
     @property
     def images(self) -> int:
+        """Their number."""
         return int(self.counts.sum())
 
     @property
