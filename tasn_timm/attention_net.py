@@ -1,10 +1,11 @@
 """Attention net: the network that turns an image into the features X which trilinear attention reads (Sec. 3.1)."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import timm
 import torch
-from timm.layers import SeparableConvNormAct, register_notrace_function
+from timm.layers import SeparableConvNormAct, register_notrace_function, to_2tuple
 from timm.models import PretrainedCfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from timm.models._registry import get_arch_pretrained_cfgs, split_model_name_tag
 from timm.models.byobnet import BasicBlock, ByoBlockCfg, ByobNet, ByoModelCfg, register_block
@@ -14,7 +15,8 @@ from torch.nn import functional as F
 
 from .errors import UserError, unknown
 
-__all__ = ["PRESETS", "AttentionNet", "MultiRateConv", "backbone_cfg", "create_backbone"]  # timm adds resnet6s
+# timm adds resnet6s.
+__all__ = ["PRESETS", "AttentionNet", "MultiRateConv", "attention_layout", "backbone_cfg", "create_backbone"]
 
 # Layouts. "published": the paper's, 28 x 28 maps of 512 channels from 224 pixels, 39.4 GFLOPs.  "lite": two stages of a
 # small ResNet merged, 16 x 16 maps of 256 channels from 128 pixels, 0.7 GFLOPs, receptive field (1.2 x the input) as
@@ -38,6 +40,11 @@ PRESETS: dict[str, dict] = {
     "tiny": dict(backbone="resnet6s", input_size=96, out_indices=(2,)),
 }
 
+# The same layouts on any other backbone, see `attention_layout`: how many grids are merged, into how many channels.
+MERGED_GRIDS = {"published": 3, "lite": 2, "tiny": 1}
+MERGED_CHANNELS = {"published": 512, "lite": 256, "tiny": 24}
+STRIDE = 8  # pixels of the input per position of the features, in all of them
+
 
 class AttentionNet(nn.Module):
     """A timm backbone at high feature resolution, multi-rate dilated convolutions, and a classifier of its own.
@@ -57,6 +64,8 @@ class AttentionNet(nn.Module):
         separable_tail: Depthwise 3 x 3 and pointwise convolutions in the tail in place of full ones.
         num_classes: K of its classifier; 0 for none.
         in_chans: Channels of the image.
+        input_affine: Scales and shifts of the image's channels, where the backbone's weights want other means and
+            standard deviations than the image was normalised with; None for none.
         backbone_args: More arguments for the backbone.
     """
 
@@ -72,12 +81,14 @@ class AttentionNet(nn.Module):
         separable_tail: bool = False,
         num_classes: int = 1000,
         in_chans: int = 3,
+        input_affine: tuple[Sequence[float], Sequence[float]] | None = None,
         backbone_args: dict | None = None,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
         dd = dict(device=device, dtype=dtype)
+        self.input_affine = input_affine
         self.input_size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
         self.trunk = create_backbone(
             backbone,
@@ -106,7 +117,11 @@ class AttentionNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Compute the features X (B, C, h, w), not negative with the presets, of an image (B, 3, H, W) of any size."""
-        stages = self.trunk(resize_image(image, self.input_size))
+        image = resize_image(image, self.input_size)
+        if self.input_affine is not None:
+            affine = image.new_tensor(self.input_affine)[..., None, None]  # (2, 3, 1, 1)
+            image = image * affine[0] + affine[1]
+        stages = self.trunk(image)
         if getattr(self.trunk, "output_fmt", None) == "NHWC":  # Swin and others
             stages = [x.movedim(-1, 1) for x in stages]
         return self.tail(self._merge(stages))
@@ -130,6 +145,70 @@ class AttentionNet(nn.Module):
         grid = max((x.shape[-2:] for x in stages), key=lambda size: size[0] * size[1])
         reduced = [F.interpolate(conv(x), size=grid, mode="nearest") for conv, x in zip(self.reduce, stages)]
         return torch.stack(reduced).sum(0).relu()
+
+
+def attention_layout(name: str, backbone: str | None = None, arguments: dict | None = None) -> dict:
+    """Arguments of `AttentionNet` for a layout of `PRESETS`, on its own backbone or on another one.
+
+    A layout counts the stages of its own ResNet. On another backbone,
+
+    - "published" is what it is where the backbone is a ResNet of basic blocks (resnet18, resnet34);
+    - else the features have the grid that is nearest to 1/8 of the input. The deepest stage on it is merged with the
+      deepest on the next coarser grids (two with "published", one with "lite", none with "tiny"): a deep net's
+      semantics at the layout's resolution without a change to strides, which pretrained weights might not bear. A ViT
+      has one grid, that of its tokens (14 x 14 from 224 pixels with patches of 16), and its last block is taken; a
+      larger input_size makes it finer;
+    - the input size is the layout's, or the next multiple of that grid's stride (140 in place of 128 with patches of
+      14, so that the maps cover all of the image). Where the backbone does not take it, it is one of the three
+      multiples that follow, else the backbone's own.
+
+    Args:
+        name: A key of `PRESETS`.
+        backbone: timm model in place of the layout's own.
+        arguments: Arguments of `AttentionNet` that go before all this.
+
+    Raises:
+        UserError: Unknown layout or backbone, two backbones, or a backbone that takes none of the input sizes.
+    """
+    arguments = arguments or {}
+    if name not in PRESETS:
+        raise unknown("attention_net", name, PRESETS)
+    if backbone is None:
+        return PRESETS[name] | arguments
+    if "backbone" in arguments:
+        raise UserError(
+            f"attention_backbone={backbone!r} has no effect with a backbone in attention_args: leave out one of them."
+        )
+    layout = PRESETS[name] | dict(backbone=backbone)
+    extra = dict(output_stride=arguments.get("output_stride"), **arguments.get("backbone_args") or {})
+    own_size = backbone_cfg(backbone).input_size[1:]
+    trunk = _create_on_meta(backbone, own_size, features_only=True, **extra)
+    stages = layout.get("unit_stride_stages")
+    if stages and all(_has_basic_blocks(trunk, stage) for stage in stages):
+        return layout | arguments
+    deepest = {info["reduction"]: index for index, info in enumerate(trunk.feature_info.info)}
+    finest = min(deepest, key=lambda reduction: abs(math.log(reduction / STRIDE)))
+    merged = [reduction for reduction in sorted(deepest) if reduction >= finest][: MERGED_GRIDS[name]]
+    layout |= dict(
+        out_indices=tuple(deepest[reduction] for reduction in merged),
+        channels=MERGED_CHANNELS[name],
+        unit_stride_stages=(),
+    )
+    if "input_size" not in arguments:
+        positions = math.ceil(layout["input_size"] / finest)
+        sizes = [to_2tuple(finest * (positions + more)) for more in range(4)]
+        layout["input_size"] = _first_size_taken(layout, [*sizes, own_size], extra)
+    return layout | arguments
+
+
+def _first_size_taken(layout: dict, sizes: Iterable[tuple[int, int]], extra: dict) -> tuple[int, int]:
+    for size in sizes:
+        try:
+            _try(layout["backbone"], size, features_only=True, out_indices=layout["out_indices"], **extra)
+            return size
+        except UserError as error:
+            refusal = error
+    raise refusal
 
 
 @register_notrace_function
@@ -188,24 +267,88 @@ def backbone_cfg(name: str) -> PretrainedCfg:
 def create_backbone(name: str, image_size: tuple[int, int], **kwargs) -> nn.Module:
     """Create a timm model without weights for images of a given size.
 
+    Many models refuse a size only when they see an image, so one without values (device "meta", about 0.1 s)
+    goes through a copy first.
+
     Args:
         name: timm model, with or without a tag.
         image_size: (H, W) in pixels; passed on as img_size to models of a fixed input size.
         **kwargs: timm's arguments. None is not passed on.
 
     Raises:
-        UserError: timm knows no such model or tag.
+        UserError: timm knows no such model or tag, or it takes no such arguments or images, or gives neither maps
+            (features_only) nor one vector for each image (else, unless global_pool is "").
     """
-    if backbone_cfg(name).fixed_input_size:
-        kwargs.setdefault("img_size", image_size)
+    without_effect = _try(name, image_size, **kwargs)
+    model = timm.create_model(name, pretrained=False, **_with_size(name, image_size, kwargs))
+    for parameter in without_effect:  # timm builds some later stages all the same, for whose gradients DDP would wait
+        model.get_parameter(parameter).requires_grad_(False)
+    return model
+
+
+def _with_size(name: str, image_size: tuple[int, int], kwargs: dict) -> dict:
+    return (dict(img_size=image_size) if backbone_cfg(name).fixed_input_size else {}) | kwargs
+
+
+def _create_on_meta(name: str, image_size: tuple[int, int], **kwargs) -> nn.Module:
+    kwargs = _with_size(name, image_size, kwargs | dict(device=None, dtype=None))
     try:
-        return timm.create_model(name, pretrained=False, **kwargs)
-    except (TypeError, IndexError, AssertionError) as error:  # timm's ways to refuse an argument
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):  # EfficientNet draws random numbers all the same
+            return timm.create_model(name, pretrained=False, **kwargs)
+    except (TypeError, ValueError, IndexError, RuntimeError, AssertionError) as error:  # timm's ways to refuse
         arguments = ", ".join(f"{key}={value!r}" for key, value in kwargs.items() if value is not None)
-        reason = str(error) or type(error).__name__
         raise UserError(
-            f"timm model {name} cannot be made with {arguments}: {reason}. Leave out what it lacks."
+            f"timm model {name} cannot be made with {arguments}: {_reason(error)}. Leave out what it lacks."
         ) from error
+
+
+@torch.inference_mode(False)
+def _try(name: str, image_size: tuple[int, int], **kwargs) -> list[str]:
+    """Put an image without values through a model without weights.
+
+    Returns:
+        With features_only the names of the parameters that have no effect on the features.
+    """
+    model = _create_on_meta(name, image_size, **kwargs).eval()
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):  # PyTorch takes seconds for an LSTM there
+        return []
+    features_only = kwargs.get("features_only", False)
+    image = torch.empty(1, kwargs.get("in_chans") or 3, *image_size, device="meta")
+    try:
+        with torch.set_grad_enabled(features_only), torch.device("meta"):
+            output = model(image)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if isinstance(error, NotImplementedError) or "meta tensor" in str(error):  # it reads values, as Gemma's does
+            return []
+        own = backbone_cfg(name).input_size[1:]
+        raise UserError(
+            f"timm model {name} does not take images of {image_size[0]} x {image_size[1]} pixels: {_reason(error)}. "
+            f"Its own size is {own[0]} x {own[1]}: give sample_size (attention net: input_size) as that, or choose a "
+            f"backbone for any size, such as resnet50 or convnext_tiny."
+        ) from error
+    if features_only:
+        if not all(isinstance(x, Tensor) and x.ndim == 4 for x in output):
+            raise UserError(
+                f"timm model {name} gives no feature maps (B, C, h, w), which attention needs: choose another "
+                f"backbone, such as resnet50 or vit_base_patch16_224."
+            )
+        return _names_without_effect(model, output)
+    if kwargs.get("global_pool") != "" and getattr(output, "shape", None) != (1, model.head_hidden_size):
+        raise UserError(
+            f"timm model {name} does not pool its features to one vector for each image: give a global_pool that does, "
+            f"such as 'avg', or choose another backbone, such as resnet50 or vit_base_patch16_224."
+        )
+    return []
+
+
+def _names_without_effect(model: nn.Module, output: Sequence[Tensor]) -> list[str]:
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
+    gradients = torch.autograd.grad(sum(x.sum() for x in output), parameters, allow_unused=True)
+    return [name for name, gradient in zip(names, gradients) if gradient is None]
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def stem_convolutions(model: nn.Module) -> list[str]:
@@ -219,19 +362,23 @@ def stem_convolutions(model: nn.Module) -> list[str]:
 
 
 def _remove_stride(trunk: nn.Module, backbone: str, stage: int) -> None:
-    blocks = getattr(trunk, f"layer{stage}", None)
-    if blocks is None or not all(isinstance(block, ResNetBasicBlock) for block in blocks):
+    if not _has_basic_blocks(trunk, stage):
         raise UserError(
             f"unit_stride_stages={stage}: {backbone} has no stage {stage} of ResNet basic blocks. Use resnet18 or "
             f"resnet34, or pass unit_stride_stages=() with output_stride or earlier out_indices."
         )
     if stage == 1:
         raise UserError("unit_stride_stages=1: the first stage of a ResNet has no stride; choose from 2, 3 and 4.")
-    for module in blocks[0].modules():
+    for module in getattr(trunk, f"layer{stage}")[0].modules():
         if isinstance(module, nn.Conv2d) and module.stride == (2, 2):
             module.stride = (1, 1)
         elif isinstance(module, nn.AvgPool2d):  # the shortcut of ResNet-D
             module.kernel_size = module.stride = 1
+
+
+def _has_basic_blocks(trunk: nn.Module, stage: int) -> bool:
+    blocks = getattr(trunk, f"layer{stage}", None)
+    return blocks is not None and all(isinstance(block, ResNetBasicBlock) for block in blocks)
 
 
 class SeparableBlock(BasicBlock):
@@ -244,6 +391,24 @@ class SeparableBlock(BasicBlock):
 
 register_block("separable_basic", SeparableBlock)
 
+
+class PooledStemNet(ByobNet):
+    """A ByobNet whose first stage has a stride although the stem pools.
+
+    timm then lists the pooled stem among the features, but `forward_intermediates` has no such map. Listed is the first
+    stage in its place, so that all indices have a map.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        stem, pooled, last = self.feature_info
+        assert pooled["module"] == "stem.pool", self.feature_info
+        channels = self.stages[0][-1].conv2_kxk.conv_pw.out_channels
+        first = dict(num_chs=channels, reduction=last["reduction"], module="stages.0", stage=1)
+        self.feature_info = [stem, first, last]
+        self.stage_ends = [info["stage"] for info in self.feature_info]
+
+
 default_cfgs = generate_default_cfgs(
     {
         "resnet6s.untrained": dict(
@@ -254,13 +419,14 @@ default_cfgs = generate_default_cfgs(
 
 
 @register_model
-def resnet6s(pretrained: bool = False, **kwargs) -> ByobNet:
+def resnet6s(pretrained: bool = False, **kwargs) -> PooledStemNet:
     """A 3 x 3 stem of 8 channels, max-pool, and two separable basic blocks of 16 and 24 channels, at stride 8."""
     blocks = (
         ByoBlockCfg("separable_basic", d=1, c=16, s=2),
         ByoBlockCfg("separable_basic", d=1, c=24, s=1),
     )
     cfg = ByoModelCfg(blocks=blocks, stem_chs=8, stem_type="3x3", stem_pool="maxpool", downsample="conv1x1")
+    features = dict(flatten_sequential=True, out_indices=(0, 1, 2))
     return timm.models.build_model_with_cfg(
-        ByobNet, "resnet6s", pretrained, model_cfg=cfg, feature_cfg=dict(flatten_sequential=True), **kwargs
+        PooledStemNet, "resnet6s", pretrained, model_cfg=cfg, feature_cfg=features, **kwargs
     )

@@ -7,10 +7,10 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor
 
-from .attention_net import PRESETS, AttentionNet, stem_convolutions
+from .attention_net import AttentionNet, attention_layout, stem_convolutions
 from .attention_sampler import AttentionSampler
 from .classifier import BackboneClassifier
-from .errors import UserError, no_effect, unknown
+from .errors import UserError, no_effect
 from .trilinear_attention import TrilinearAttention
 
 
@@ -44,8 +44,10 @@ class TASN(BackboneClassifier):
         drop_path_rate: Stochastic depth in the backbone, where it has it.
         sample_size: Pixels of the sampled images, one number or (H', W'); the input must not be smaller.
         attention_net: Layout of the attention net, a key of `attention_net.PRESETS`: "published", "lite" or "tiny".
-        attention_backbone: timm model that takes the place of the layout's own.
+        attention_backbone: timm model in the place of the layout's own, see `attention_layout`.
         attention_args: Other arguments of `AttentionNet` that replace the layout's.
+        attention_affine: Scales and shifts of the attention net's input, see `AttentionNet`. timm.create_model makes a
+            TASN with those that bring images normalised for the backbone to the attention net's own mean and std.
         normalization: Formula of the attention maps, see `trilinear_attention`.
         spatial_scale: Factor on the input of its inner softmax.
         relation_scale: Factor on the input of its outer softmax.
@@ -87,6 +89,7 @@ class TASN(BackboneClassifier):
         attention_net: str = "published",
         attention_backbone: str | None = None,
         attention_args: dict | None = None,
+        attention_affine: tuple[Sequence[float], Sequence[float]] | None = None,
         normalization: str = "spatial_relation",
         spatial_scale: float = 7.0,
         relation_scale: float = 1.0,
@@ -119,6 +122,7 @@ class TASN(BackboneClassifier):
         model_args = dict(
             sample_size=sample_size,
             attention_net=attention_net,
+            attention_affine=attention_affine,
             normalization=normalization,
             spatial_scale=spatial_scale,
             relation_scale=relation_scale,
@@ -137,14 +141,6 @@ class TASN(BackboneClassifier):
             part_net=part_net,
             heads=heads,
         )
-        if attention_net not in PRESETS:
-            raise unknown("attention_net", attention_net, PRESETS)
-        if attention_backbone and "backbone" in (attention_args or {}):
-            raise UserError(
-                f"attention_backbone={attention_backbone!r} has no effect with a backbone in attention_args: leave out "
-                f"one of them."
-            )
-        layout = PRESETS[attention_net] | (dict(backbone=attention_backbone) if attention_backbone else {})
         grid = dict(
             max_zoom=max_zoom or None,
             iterations=iterations,
@@ -155,7 +151,11 @@ class TASN(BackboneClassifier):
         )
         front = dict(
             attention_net=AttentionNet(
-                **layout | (attention_args or {}), num_classes=num_classes, in_chans=in_chans, **dd
+                **attention_layout(attention_net, attention_backbone, attention_args),
+                num_classes=num_classes,
+                in_chans=in_chans,
+                input_affine=attention_affine,
+                **dd,
             ),
             trilinear_attention=TrilinearAttention(
                 normalization, spatial_scale, relation_scale, selection, parts if part_net else 0, reduction

@@ -84,7 +84,29 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_tasn(variant: str, pretrained: bool, backbone: str, **kwargs) -> TASN:
-    return _build(TASN, variant, pretrained, backbone=backbone, **kwargs)
+    model = _build(TASN, variant, pretrained, backbone=backbone, **kwargs)
+    # A saved model says it in its config. A new one does not wait for pretrained=True: a checkpoint of a model that
+    # started from pretrained weights has to give the same logits in one that did not.
+    if "source" not in model.pretrained_cfg and kwargs.get("attention_affine") is None:
+        classifier = getattr(model, "model", model)  # features_only=True wraps it
+        affine = _renormalization(model.pretrained_cfg, classifier.attention_net.trunk)
+        classifier.attention_net.input_affine = affine
+        classifier._model_args["attention_affine"] = affine
+    return model
+
+
+def _renormalization(cfg: dict, part: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Scales and shifts from pixels normalised as a cfg says to those that a backbone's weights were trained with.
+
+    None where nothing changes, or nothing is known: a backbone without weights, or images that are not RGB.
+    """
+    own = part.pretrained_cfg
+    mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
+    if (mean, std) == (own["mean"], own["std"]) or not _source(own) or part.in_chans != len(mean):
+        return None
+    scale = tuple(given / wanted for given, wanted in zip(std, own["std"]))
+    shift = tuple((given - wanted) / by for given, wanted, by in zip(mean, own["mean"], own["std"]))
+    return scale, shift
 
 
 def _build(cls: type[BackboneClassifier], variant: str, pretrained: bool, **kwargs) -> BackboneClassifier:

@@ -342,7 +342,7 @@ def test_an_image_smaller_than_the_sample_is_refused():
         (dict(structure_shape="flat"), "flat_top"),
         (dict(detail_shape="cube"), "unknown map shape 'cube'"),
         (dict(max_zoom=0.5), "max_zoom must be at least 1"),
-        (dict(attention_backbone="test_vit", attention_net="published"), "no stage 2"),
+        (dict(attention_args=dict(backbone="test_vit"), attention_net="published"), "no stage 2"),
         (dict(master_net=False, part_net=False), "master_net=False and part_net=False"),
         (dict(parts=0), "parts must be at least 1, got 0: .* part_net=False"),
         (dict(heads="both", part_net=False), "heads='both' has no effect with part_net=False"),
