@@ -63,8 +63,8 @@ class BackboneClassifier(nn.Module):
             num_classes=0,
             in_chans=in_chans,
             global_pool="" if second_order else global_pool,
-            drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate or None,  # not every timm model has it
+            drop_rate=drop_rate or None,  # not every timm model has it,
+            drop_path_rate=drop_path_rate or None,  # nor this
             **(backbone_args or {}),
             **dd,
         )
