@@ -142,7 +142,7 @@ class AttentionNet(nn.Module):
     def _merge(self, stages: list[Tensor]) -> Tensor:
         if not self.reduce:
             return stages[0]
-        grid = max((x.shape[-2:] for x in stages), key=lambda size: size[0] * size[1])
+        grid = finest_grid(stages)
         reduced = [F.interpolate(conv(x), size=grid, mode="nearest") for conv, x in zip(self.reduce, stages)]
         return torch.stack(reduced).sum(0).relu()
 
@@ -209,6 +209,12 @@ def _first_size_taken(layout: dict, sizes: Iterable[tuple[int, int]], extra: dic
         except UserError as error:
             refusal = error
     raise refusal
+
+
+@register_notrace_function
+def finest_grid(stages: Sequence[Tensor]) -> tuple[int, int]:
+    """The largest (h, w) of maps (B, C, h, w). torch.fx cannot trace it, and leaves no private function out."""
+    return max((x.shape[-2:] for x in stages), key=lambda size: size[0] * size[1])
 
 
 @register_notrace_function

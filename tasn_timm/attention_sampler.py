@@ -121,9 +121,9 @@ def saliency_grid(attention: Tensor, output_size: int | tuple[int, int], *, sigm
     kernel_x, columns, margin_x = _gaussian(width, attention.shape[2], sigma, attention)
     saliency = F.pad(attention, (margin_x, margin_x, margin_y, margin_y), mode="replicate")
     with no_autocast(attention.device):
-        mass = kernel_y @ saliency @ kernel_x.mT  # (B, H', W')
-        x = kernel_y @ saliency @ (kernel_x * columns).mT / mass
-        y = (kernel_y * rows) @ saliency @ kernel_x.mT / mass
+        mass = kernel_y @ saliency @ kernel_x.T  # (B, H', W')
+        x = kernel_y @ saliency @ (kernel_x * columns).T / mass
+        y = (kernel_y * rows) @ saliency @ kernel_x.T / mass
     return _grid(x, y)
 
 
@@ -415,9 +415,14 @@ def _box_positions(inside: Tensor, count: int, least: float) -> Tensor:
     return start + length * (torch.arange(count, device=inside.device, dtype=inside.dtype) + 0.5) / count
 
 
+def _exporting() -> bool:
+    """Whether this is traced by torch.export, or by torch.onnx's older exporter (timm's onnx_export.py has both)."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+
+
 def _quantile(values: Tensor, fraction: float) -> Tensor:
     """`torch.quantile` along the second dimension of (B, n): (B, 1)."""
-    if not torch.compiler.is_exporting():
+    if not _exporting():
         return values.quantile(fraction, dim=1, keepdim=True)
     # ONNX has neither quantiles nor stable sorting.
     position = fraction * (values.shape[1] - 1)
@@ -428,7 +433,7 @@ def _quantile(values: Tensor, fraction: float) -> Tensor:
 
 def _count_up_to(values: Tensor, limits: Tensor) -> Tensor:
     """How many of the increasing values (B, n) do not exceed each limit (B, m): (B, m)."""
-    if torch.compiler.is_exporting():  # ONNX has no search
+    if _exporting():  # ONNX has no search
         return (values[:, :, None] <= limits[:, None, :]).sum(1)
     return torch.searchsorted(values, limits, right=True)
 

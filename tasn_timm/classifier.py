@@ -1,6 +1,7 @@
 """A timm backbone with our choice of pooling and classifiers, and what timm expects of a model."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from torch import Tensor, nn
@@ -101,7 +102,7 @@ class BackboneClassifier(nn.Module):
 
     @property
     def feature_info(self) -> list[dict]:
-        return self.backbone.feature_info
+        return [info | dict(module=f"backbone.{info['module']}") for info in self.backbone.feature_info]
 
     @property
     def global_pool(self) -> str | nn.Module | None:
@@ -172,12 +173,16 @@ class BackboneClassifier(nn.Module):
         inner = getattr(self.backbone, "no_weight_decay", set)
         return {f"backbone.{name}" for name in inner()}
 
-    def group_matcher(self, coarse: bool = False) -> dict:
+    def group_matcher(self, coarse: bool = False) -> dict | Callable[[str], float | tuple]:
         """Layers for layer-wise learning rates: the backbone's own; all else is timm's last layer, at the full rate.
 
         The attention net of `TASN` is there, too: it learns on its own, and much of it is new.
         """
-        return {name: _prefixed(pattern) for name, pattern in self.backbone.group_matcher(coarse).items()}
+        matcher = self.backbone.group_matcher(coarse)
+        if callable(matcher):
+            last = float("inf")
+            return lambda name: matcher(name.removeprefix("backbone.")) if name.startswith("backbone.") else last
+        return {name: _prefixed(pattern) for name, pattern in matcher.items()}
 
     def _reset_pool(self, global_pool: str) -> None:
         """Give the backbone another pooling, and keep what config.json says of the model true."""
@@ -219,7 +224,8 @@ class BackboneClassifier(nn.Module):
 
 
 def _prefixed(pattern: str | Sequence[tuple]) -> str | list[tuple]:
-    """timm's matcher patterns, "^stem" or [("^stage", None), ...], for parameters that now begin with "backbone."."""
-    if isinstance(pattern, str):
-        return r"^backbone\." + pattern.removeprefix("^")
-    return [(r"^backbone\." + regex.removeprefix("^"), suffix) for regex, suffix in pattern]
+    """timm's matcher patterns, "^conv1|bn1" or [("^stage", None), ...], for names that now begin with "backbone."."""
+    if not isinstance(pattern, str):
+        return [(_prefixed(regex), suffix) for regex, suffix in pattern]
+    alternatives = re.sub(r"(^|\|)\^", r"\1", pattern)  # the first of them has a ^, or each
+    return rf"^backbone\.(?:{alternatives})"

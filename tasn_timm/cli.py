@@ -120,7 +120,7 @@ def _run(options: argparse.Namespace) -> None:
         raise UserError(f"there is no script {str(options.script)!r}: give the path of a Python file.")
     timm.task.ClassificationTask = create_task  # what train.py imports by name
     sys.argv = [str(options.script), *options.arguments]
-    sys.path[0] = str(options.script.parent)  # as Python does for a script
+    sys.path[0] = str(options.script.resolve().parent)  # as Python does for a script
     runpy.run_path(str(options.script), run_name="__main__")
 
 

@@ -155,8 +155,9 @@ class TASNLoss(nn.Module):
         return dict(loss=loss, **losses)
 
     def _classify(self, logits: Tensor, target: Tensor) -> Tensor:
-        parts = len(logits) // len(target)  # of the same images
-        return self.criterion(_precise(logits), target.repeat(parts, *[1] * (target.ndim - 1)))
+        # Part by part: a criterion may compare the images of a batch, as timm's JSD with its augmentation splits does.
+        parts = _precise(logits).split(len(target))
+        return torch.stack([self.criterion(part, target) for part in parts]).mean()
 
 
 def _check_temperature(temperature: float) -> None:

@@ -25,25 +25,30 @@ class _Formula(NamedTuple):
 
 
 # The rows of Table 2, in its order, with the paper's accuracy on CUB-200-2011.  x is X as (B, C, hw); spatial and
-# relation are the two softmaxes N, over the second dimension of a matrix, each with its scale.
+# relation are the two softmaxes N, over the second dimension of a matrix, each with its scale.  Not x.mT, which
+# torch.onnx's older exporter does not know.
 _FORMULAS = {
     "features": _Formula(  # X: 83.5
         lambda x, spatial, relation: torch.eye(x.shape[1], device=x.device, dtype=x.dtype).expand(len(x), -1, -1)
     ),
-    "none": _Formula(lambda x, spatial, relation: x @ x.mT),  # X X^T X, Eq. 1: 84.9
-    "spatial": _Formula(lambda x, spatial, relation: spatial(x) @ x.mT, ("spatial_scale",)),  # N(X) X^T X: 85.2
+    "none": _Formula(lambda x, spatial, relation: x @ x.transpose(1, 2)),  # X X^T X, Eq. 1: 84.9
+    "spatial": _Formula(  # N(X) X^T X: 85.2
+        lambda x, spatial, relation: spatial(x) @ x.transpose(1, 2), ("spatial_scale",)
+    ),
     "spatial_both": _Formula(  # N(X) N(X)^T X: 84.3
-        lambda x, spatial, relation: spatial(x) @ spatial(x).mT, ("spatial_scale",)
+        lambda x, spatial, relation: spatial(x) @ spatial(x).transpose(1, 2), ("spatial_scale",)
     ),
     "output": _Formula(  # N(X X^T X), N taken of the finished maps: 84.5
-        lambda x, spatial, relation: x @ x.mT, ("relation_scale",)
+        lambda x, spatial, relation: x @ x.transpose(1, 2), ("relation_scale",)
     ),
-    "relation": _Formula(lambda x, spatial, relation: relation(x @ x.mT), ("relation_scale",)),  # N(X X^T) X: 85.0
+    "relation": _Formula(  # N(X X^T) X: 85.0
+        lambda x, spatial, relation: relation(x @ x.transpose(1, 2)), ("relation_scale",)
+    ),
     "spatial_relation": _Formula(  # N(N(X) X^T) X, Eq. 2: 85.3
-        lambda x, spatial, relation: relation(spatial(x) @ x.mT), ("spatial_scale", "relation_scale")
+        lambda x, spatial, relation: relation(spatial(x) @ x.transpose(1, 2)), ("spatial_scale", "relation_scale")
     ),
     "self_attention": _Formula(  # X^T X: hw maps, one per position (Sec. 4.2): 0.7 below Eq. 2
-        lambda x, spatial, relation: x.mT
+        lambda x, spatial, relation: x.transpose(1, 2)
     ),
 }
 NORMALIZATIONS = tuple(_FORMULAS)

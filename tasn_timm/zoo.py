@@ -84,28 +84,31 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_tasn(variant: str, pretrained: bool, backbone: str, **kwargs) -> TASN:
-    model = _build(TASN, variant, pretrained, backbone=backbone, **kwargs)
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     # A saved model says it in its config. A new one does not wait for pretrained=True: a checkpoint of a model that
-    # started from pretrained weights has to give the same logits in one that did not.
-    if "source" not in model.pretrained_cfg and kwargs.get("attention_affine") is None:
-        classifier = getattr(model, "model", model)  # features_only=True wraps it
-        affine = _renormalization(model.pretrained_cfg, classifier.attention_net.trunk)
-        classifier.attention_net.input_affine = affine
-        classifier._model_args["attention_affine"] = affine
-    return model
+    # started from pretrained weights has to give the same logits in one that did not. Not set afterwards: with
+    # features_only=True, feature_cls="fx" the model is a graph by then.
+    if not cfg.source and kwargs.get("attention_affine") is None:
+        layout = PRESETS.get(kwargs.get("attention_net", "published"), {}) | (kwargs.get("attention_args") or {})
+        attention_backbone = kwargs.get("attention_backbone") or layout.get("backbone")
+        if attention_backbone:
+            own, in_chans = backbone_cfg(attention_backbone), kwargs.get("in_chans", 3)
+            kwargs["attention_affine"] = _renormalization(cfg, own, in_chans)
+    return _build(TASN, variant, pretrained, backbone=backbone, **kwargs)
 
 
-def _renormalization(cfg: dict, part: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+def _renormalization(
+    cfg: PretrainedCfg, own: PretrainedCfg, in_chans: int
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Scales and shifts from pixels normalised as a cfg says to those that a backbone's weights were trained with.
 
     None where nothing changes, or nothing is known: a backbone without weights, or images that are not RGB.
     """
-    own = part.pretrained_cfg
-    mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
-    if (mean, std) == (own["mean"], own["std"]) or not _source(own) or part.in_chans != len(mean):
+    mean, std = tuple(cfg.mean), tuple(cfg.std)
+    if (mean, std) == (own.mean, own.std) or not _source(vars(own)) or in_chans != len(mean):
         return None
-    scale = tuple(given / wanted for given, wanted in zip(std, own["std"]))
-    shift = tuple((given - wanted) / by for given, wanted, by in zip(mean, own["mean"], own["std"]))
+    scale = tuple(given / wanted for given, wanted in zip(std, own.std))
+    shift = tuple((given - wanted) / by for given, wanted, by in zip(mean, own.mean, own.std))
     return scale, shift
 
 

@@ -381,8 +381,8 @@ def test_options_of_the_loss_that_do_nothing_are_refused():
 
 
 def test_the_objective_is_what_the_recipe_says():
-    options = dict(temperature=3.0, soft_weight=5.0, part_weight=0.25, attention_weight=0.5, smoothing=0.1)
-    recipe = Recipe(detach_teacher=False, **options)
+    options = dict(temperature=3.0, soft_weight=5.0, part_weight=0.25, attention_weight=0.5)
+    recipe = Recipe(detach_teacher=False, smoothing=0.1, **options)
     objective = create_objective(timm.create_model("tasn_tiny", heads="separate"), recipe)
     assert {name: getattr(objective, name) for name in options} == options
     assert (objective.detach_teacher, objective.master_weight) == (False, 1.0)
@@ -390,6 +390,7 @@ def test_the_objective_is_what_the_recipe_says():
     logits, target = torch.randn(2, 3), torch.tensor([0, 2])
     expected = torch.nn.functional.cross_entropy(logits, target, label_smoothing=0.1)
     torch.testing.assert_close(plain(logits, target)["loss"], expected)
+    torch.testing.assert_close(objective.criterion(logits, target), expected)
 
 
 @pytest.mark.parametrize("resize", range(192, 400))
