@@ -19,6 +19,16 @@ train_accelerate = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(train_accelerate)
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+# One of each kind is stepped in every run of the tests; all of them in CI.
+QUICK = {
+    *("cub200_resnet50_224", "cub200_resnet50_224_part_relation", "cub200_resnet50_224_saliency_master"),
+    *("cub200_resnet50_224_uniform", "cub200_resnet50_336_isqrt", "cub200_resnet50_448_isqrt_plain"),
+    *("cub200_resnet50_modern", "synthbirds", "synthbirds_plain"),
+}
+
+
+def test_the_quick_ones_exist():
+    assert set(NAMES) > QUICK
 
 
 def shrunk(name: str, data: Path) -> Recipe:
@@ -43,7 +53,9 @@ def shrunk(name: str, data: Path) -> Recipe:
     return load_recipe(name, small)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_a_step_of_every_recipe(name, image_folder):
     torch.manual_seed(0)
     recipe = shrunk(name, image_folder)
