@@ -40,9 +40,8 @@ PRESETS: dict[str, dict] = {
     "tiny": dict(backbone="resnet6s", input_size=96, out_indices=(2,)),
 }
 
-# The same layouts on any other backbone, see `attention_layout`: how many grids are merged, into how many channels.
-MERGED_GRIDS = {"published": 3, "lite": 2, "tiny": 1}
-MERGED_CHANNELS = {"published": 512, "lite": 256, "tiny": 24}
+# The same layouts on any other backbone, see `attention_layout`: how many grids are merged, and into how many channels.
+MERGED = {"published": (3, 512), "lite": (2, 256), "tiny": (1, 24)}
 STRIDE = 8  # pixels of the input per position of the features, in all of them
 
 
@@ -89,7 +88,7 @@ class AttentionNet(nn.Module):
         super().__init__()
         dd = dict(device=device, dtype=dtype)
         self.input_affine = input_affine
-        self.input_size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+        self.input_size = to_2tuple(input_size)
         self.trunk = create_backbone(
             backbone,
             self.input_size,
@@ -188,10 +187,11 @@ def attention_layout(name: str, backbone: str | None = None, arguments: dict | N
         return layout | arguments
     deepest = {info["reduction"]: index for index, info in enumerate(trunk.feature_info.info)}
     finest = min(deepest, key=lambda reduction: abs(math.log(reduction / STRIDE)))
-    merged = [reduction for reduction in sorted(deepest) if reduction >= finest][: MERGED_GRIDS[name]]
+    grids, channels = MERGED[name]
+    merged = [reduction for reduction in sorted(deepest) if reduction >= finest][:grids]
     layout |= dict(
         out_indices=tuple(deepest[reduction] for reduction in merged),
-        channels=MERGED_CHANNELS[name],
+        channels=channels,
         unit_stride_stages=(),
     )
     if "input_size" not in arguments:

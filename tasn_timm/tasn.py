@@ -118,6 +118,7 @@ class TASN(BackboneClassifier):
             raise UserError(f"parts must be at least 1, got {parts}: for no detail images use part_net=False.")
         if not part_net:
             no_effect(TASN, dict(parts=parts, selection=selection, detail_shape=detail_shape), "part_net=False")
+        grid = dict(sampler=sampler, iterations=iterations, marginal=marginal, sigma=sigma, threshold=threshold)
         # What rebuilds these weights: goes to config.json, so that later defaults cannot change a saved model.
         model_args = dict(
             sample_size=sample_size,
@@ -131,23 +132,11 @@ class TASN(BackboneClassifier):
             reduction=reduction,
             structure_shape=structure_shape,
             detail_shape=detail_shape,
-            sampler=sampler,
+            **grid,
             max_zoom=max_zoom or 0,
-            iterations=iterations,
-            marginal=marginal,
-            sigma=sigma,
-            threshold=threshold,
             master_net=master_net,
             part_net=part_net,
             heads=heads,
-        )
-        grid = dict(
-            max_zoom=max_zoom or None,
-            iterations=iterations,
-            marginal=marginal,
-            sampler=sampler,
-            sigma=sigma,
-            threshold=threshold,
         )
         front = dict(
             attention_net=AttentionNet(
@@ -160,8 +149,8 @@ class TASN(BackboneClassifier):
             trilinear_attention=TrilinearAttention(
                 normalization, spatial_scale, relation_scale, selection, parts if part_net else 0, reduction
             ),
-            structure_sampler=AttentionSampler(sample_size, structure_shape, **grid),
-            detail_sampler=AttentionSampler(sample_size, detail_shape, **grid),
+            structure_sampler=AttentionSampler(sample_size, structure_shape, max_zoom or None, **grid),
+            detail_sampler=AttentionSampler(sample_size, detail_shape, max_zoom or None, **grid),
         )
         super().__init__(
             backbone,

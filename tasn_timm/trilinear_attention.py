@@ -263,9 +263,6 @@ def _draw(weights: Tensor, count: int, generator: torch.Generator | None) -> Ten
     Exponential races: the largest weight / Exp(1) wins with the wanted probability. Unlike torch.multinomial this needs
     no check of the weights on the host, so the device is never waited for.
     """
-    if generator is None:
-        uniform = torch.rand_like(weights)  # with a generator torch.compile takes no dynamic shapes
-    else:
-        uniform = torch.empty_like(weights).uniform_(generator=generator)
-    race = -uniform.log()
+    # Not torch.rand(..., generator=generator), of which torch.compile takes no dynamic shapes.
+    race = -torch.empty_like(weights).uniform_(generator=generator).log()
     return (weights / race).topk(count, dim=1).indices
