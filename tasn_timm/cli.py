@@ -1,27 +1,13 @@
-"""python -m tasn_timm evaluate | export | recipes | run."""
+"""python -m tasn_timm COMMAND."""
 
 import argparse
-import json
-import os
-import runpy
-import sys
 from collections.abc import Sequence
-from itertools import combinations, zip_longest
-from pathlib import Path
 from typing import NoReturn
 
-import timm
-import torch
-from torch import nn
-
+from .commands import evaluate, export, recipes, run
 from .errors import UserError
-from .export import INPUTS, export
 
-EXAMPLES = """examples:
-  python -m tasn_timm evaluate tasn_tiny                              # the dataset that it was trained on
-  python -m tasn_timm evaluate runs/cub photos/ --flip --json cub.json
-  python -m tasn_timm evaluate photos/ --ensemble runs/cub runs/cub-1 runs/cub-2
-  accelerate launch --multi_gpu --num_processes 8 -m tasn_timm evaluate runs/inat"""
+COMMANDS = {"evaluate": evaluate, "export": export, "recipes": recipes, "run": run}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,271 +28,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = _Parser("python -m tasn_timm", description="Trained models and recipes.", allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
-    command = commands.add_parser(
-        "evaluate",
-        help="measure the accuracy of trained models",
-        description="Measure the accuracy of a trained model, or of several whose probabilities are averaged.",
-        usage="python -m tasn_timm evaluate MODEL [DATA] [options]\n"
-        "       python -m tasn_timm evaluate [DATA] --ensemble MODEL MODEL [MODEL ...] [options]",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = command.add_argument
-    add(
-        "names",
-        nargs="*",
-        metavar="MODEL [DATA]",
-        help="MODEL: a folder of training (runs/x or runs/x/best), local-dir:FOLDER, hf-hub:user/name or a timm name. "
-        "DATA: a built-in dataset, a folder, or a dataset id on the Hub (default: what the model was trained on)",
-    )
-    add("--ensemble", nargs="+", metavar="MODEL", help="average the probabilities of these models")
-    add("--split", default="test", help="split to measure on (default: %(default)s)")
-    add("--flip", action="store_true", help="average the probabilities of each image and its mirror image")
-    add("--json", type=Path, metavar="FILE", help="write everything measured, also each class, to this file")
-    add("--batch-size", type=int, default=64, help="images at once in each process (default: %(default)s)")
-    add("--workers", type=int, default=2, help="processes that load images; 0: none (default: %(default)s)")
-    add("--cpu", action="store_true", help="do not use an accelerator")
-    command.set_defaults(run=_evaluate)
-    command = commands.add_parser(
-        "export",
-        help="write a trained model as an ONNX or torch.export file",
-        description=f"Write a trained model to a file that takes batches of any size, and compare the two on "
-        f"{INPUTS} random inputs. The file's metadata says how to prepare pictures, and names the classes.",
-        epilog="example:\n  python -m tasn_timm export runs/cub cub.onnx",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    command.add_argument("model", metavar="MODEL", help="as of evaluate")
-    command.add_argument("file", metavar="FILE", type=Path, help="ends in .onnx, or in .pt2 for torch.export")
-    command.set_defaults(run=_export)
-    command = commands.add_parser(
-        "run",
-        help="run one of timm's scripts with these models",
-        description="Run a script, such as timm's train.py, validate.py, inference.py, benchmark.py or onnx_export.py, "
-        "with these models registered. train.py trains a TASN with its own loss.",
-        epilog="example:\n  python -m tasn_timm run validate.py photos/ --model tasn_tiny --pretrained",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    command.add_argument("script", metavar="SCRIPT", type=Path, help="a Python file")
-    command.add_argument("arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER, help="the script's own")
-    command.set_defaults(run=_run)
-    command = commands.add_parser("recipes", help="list the recipes and what the paper and we measured")
-    command.set_defaults(run=_recipes)
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=module.__doc__,
+            usage=getattr(module, "USAGE", None),
+            epilog=module.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
     options = parser.parse_args(arguments)
     options.run(options)
-
-
-def _recipes(options: argparse.Namespace) -> None:
-    from .recipe_cards import recipe_cards, recipes_table
-
-    print(recipes_table(recipe_cards()))
-
-
-def _export(options: argparse.Namespace) -> None:
-    from .hub import load_model
-
-    difference = export(load_model(options.model), options.file)
-    print(f"{options.file}: logits within {difference:.1e} of {options.model} on {INPUTS} random inputs")
-
-
-def _run(options: argparse.Namespace) -> None:
-    import timm.task
-
-    from .task import create_task
-
-    if not options.script.is_file():
-        raise UserError(f"there is no script {str(options.script)!r}: give the path of a Python file.")
-    timm.task.ClassificationTask = create_task  # what train.py imports by name
-    sys.argv = [str(options.script), *options.arguments]
-    sys.path[0] = str(options.script.resolve().parent)  # as Python does for a script
-    runpy.run_path(str(options.script), run_name="__main__")
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    from accelerate import Accelerator
-
-    from .data.loading import create_loader
-    from .data.splits import class_names, load_splits, pick_split, super_classes
-    from .hub import load_model
-    from .training.evaluation import Ensemble, evaluate
-
-    # Build. Whatever is wrong shows here, before anything is computed.
-    sources, data = _models_and_data(options)
-    _check_options(options)
-    accelerator = Accelerator(cpu=options.cpu)
-    models = [load_model(source) for source in sources]
-    with accelerator.local_main_process_first():  # on each machine the first process fills the cache
-        splits = load_splits(data)
-    split, names = pick_split(splits, options.split, "--split", data), class_names(splits)
-    for source, model in zip(sources, models):
-        check_classes(source, model, data, names)
-    _check_different(sources, models)
-    families = super_classes(split)
-    ensemble = Ensemble(models, options.flip).to(accelerator.device).eval()
-    loader = create_loader(split, ensemble.transform(), options.batch_size, workers=options.workers)
-
-    scores = evaluate(accelerator, ensemble, accelerator.prepare(loader))
-    assert scores.images == len(split), f"{scores.images} of {len(split)} images counted"
-
-    classes = {
-        name: dict(correct=correct, images=images)
-        for name, correct, images in zip(names, scores.correct.tolist(), scores.counts.tolist())
-    }
-    result = dict(models=sources, data=data, split=options.split, flip=options.flip)
-    result |= dict(images=scores.images, top1=scores.top1, top5=scores.top5, classes=classes)
-    result["super_classes"] = families and by_super_class(classes, families)
-    if accelerator.is_main_process:
-        print(report(result))
-        if options.json:
-            _write(options.json, json.dumps(result, indent=2) + "\n")
-    accelerator.end_training()
-
-
-def _models_and_data(options: argparse.Namespace) -> tuple[list[str], str]:
-    """Models and dataset of the command line; a dataset that is left out is the one they were trained on."""
-    from .hub import trained_on
-
-    sources, data = (options.ensemble, options.names) if options.ensemble else (options.names[:1], options.names[1:])
-    if not sources:
-        raise UserError("evaluate needs a model: give a folder such as runs/x, or a name such as tasn_tiny.")
-    if options.ensemble and len(sources) < 2:
-        raise UserError(f"--ensemble takes two models or more, got {sources[0]!r} alone: leave out --ensemble for one.")
-    if options.ensemble and not data and _is_data(sources[-1]):
-        raise UserError(f"{sources[-1]!r} after --ensemble is a dataset, not a model: give it before --ensemble.")
-    if len(data) > 1:
-        allowed = (
-            "[DATA] --ensemble MODEL MODEL ..." if options.ensemble else "MODEL [DATA], or --ensemble for more models"
-        )
-        raise UserError(f"too many arguments ({' '.join(options.names)}): evaluate takes {allowed}.")
-    if data:
-        return sources, data[0]
-    trained = {source: trained_on(source) for source in sources}
-    if len(set(trained.values())) > 1:
-        listing = ", ".join(f"{source} on {dataset or 'unknown data'}" for source, dataset in trained.items())
-        raise UserError(f"the models were not trained on the same data ({listing}): give DATA.")
-    (dataset,) = set(trained.values())
-    if dataset is None:
-        raise UserError(f"{', '.join(sources)} does not say what it was trained on: give DATA after MODEL.")
-    return sources, dataset
-
-
-def _is_data(name: str) -> bool:
-    from .data.splits import BUILT_IN
-
-    folder = Path(name)
-    is_model = (folder / "config.json").is_file() or (folder / "best").is_dir()
-    return name in BUILT_IN or (folder.is_dir() and not is_model and not timm.is_model(name))
-
-
-def _check_options(options: argparse.Namespace) -> None:
-    if options.batch_size < 1:
-        raise UserError(f"--batch-size must be 1 or more, got {options.batch_size}.")
-    if options.workers < 0:
-        raise UserError(f"--workers must be 0 or more, got {options.workers}.")
-    if options.json:
-        _write(options.json, None)
-
-
-def _check_different(sources: list[str], models: list[nn.Module]) -> None:
-    """An average of a model with itself would look like a measurement of an ensemble."""
-    for (one, model), (other, twin) in combinations(zip(sources, models), 2):
-        weights, others = model.state_dict(), twin.state_dict()
-        if weights.keys() == others.keys() and all(torch.equal(weights[key], others[key]) for key in weights):
-            raise UserError(
-                f"models {one!r} and {other!r} have the same weights, so their average is either: train them with "
-                f"different seeds."
-            )
-
-
-def _write(path: Path, text: str | None) -> None:
-    """Write a file so that it is there complete or not at all; without text, only check that it can be written.
-
-    Raises:
-        UserError: It cannot be written.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(f"{str(path)!r} is a folder")
-        aside.write_text(text or "")
-        if text is None:
-            aside.unlink()
-        else:
-            aside.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"--json {str(path)!r} cannot be written ({error}): give a file in an existing folder."
-        ) from error
-
-
-def check_classes(source: str, model: nn.Module, data: str, names: list[str]) -> None:
-    """Check that a model tells the classes of a dataset apart, in the same order.
-
-    Args:
-        source: The model's name, for the message.
-        model: timm model; where its pretrained_cfg has no label_names, only their number is compared.
-        data: The dataset's name, for the message.
-        names: Of the dataset's classes.
-
-    Raises:
-        UserError: Other classes, with the first difference; or a model of images that have not 3 channels.
-    """
-    labels = model.pretrained_cfg.get("label_names")
-    if model.num_classes != len(names) and not labels:
-        raise UserError(
-            f"model {source!r} has {model.num_classes} classes, but dataset {data!r} has {len(names)}: give a "
-            f"model that was trained on it, or the data that it was trained on."
-        )
-    for number, (label, name) in enumerate(zip_longest(labels or names, names)):
-        if label != name:
-            raise UserError(
-                f"class {number} of model {source!r} is {_quoted(label)}, but of dataset {data!r} it is "
-                f"{_quoted(name)}: give a model of these classes in this order, or the data that it was trained on."
-            )
-    if getattr(model, "in_chans", 3) != 3:
-        raise UserError(
-            f"model {source!r} takes {model.in_chans} channels, but images have 3 here: give another model."
-        )
-
-
-def _quoted(name: str | None) -> str:
-    return "missing" if name is None else repr(name)
-
-
-def by_super_class(classes: dict[str, dict[str, int]], families: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Sum up classes by their super-class, those of the most classes first, as in Table 10.
-
-    Args:
-        classes: Name -> "correct" and "images".
-        families: Class -> super-class.
-
-    Returns:
-        Super-class -> "classes" and "images", their numbers, and "top1" in percent.
-    """
-    result = {}
-    for family in dict.fromkeys(families.values()):
-        members = [classes[name] for name, above in families.items() if above == family]
-        correct, images = (sum(member[key] for member in members) for key in ("correct", "images"))
-        result[family] = dict(classes=len(members), images=images, top1=100 * correct / images)
-    return dict(sorted(result.items(), key=lambda item: -item[1]["classes"]))
-
-
-def report(result: dict) -> str:
-    """What was measured as text: one line and, where there are super-classes, a table like Table 10."""
-    models = " + ".join(result["models"]) + (" (image and mirror image)" if result["flip"] else "")
-    top5 = "" if result["top5"] is None else f", top-5 {result['top5']:.2f} %"
-    line = f"{models} on {result['data']}, split {result['split']}: {result['images']} images, "
-    line += f"top-1 {result['top1']:.2f} %{top5}"
-    families = result["super_classes"]
-    if not families:
-        return line
-    total = dict(classes=sum(family["classes"] for family in families.values()), images=result["images"])
-    families = families | {"Total": total | dict(top1=result["top1"])}
-    width = max(map(len, ["Super Class", *families]))
-    rows = [
-        f"{name:<{width}}  {family['classes']:>7}  {family['images']:>7}  {family['top1']:>8.2f}"
-        for name, family in families.items()
-    ]
-    return "\n".join([line, "", f"{'Super Class':<{width}}  # Class   images  accuracy", *rows])

@@ -16,6 +16,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 from tasn_timm import cli
+from tasn_timm.commands import evaluate as command_evaluate
 from tasn_timm.data.splits import load_splits, super_classes
 from tasn_timm.data.transforms import eval_transform
 from tasn_timm.errors import run_command
@@ -379,7 +380,7 @@ def test_super_classes_may_be_text_but_not_numbers(tmp_path):
 def test_json_is_written_whole_or_not_at_all(command, tmp_path, image_folder, monkeypatch):
     folder, out = save(tmp_path / "best", COLOURS, image_folder), tmp_path / "results"
     out.mkdir()
-    monkeypatch.setattr(cli, "report", lambda result: 1 / 0)
+    monkeypatch.setattr(command_evaluate, "report", lambda result: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         command("evaluate", folder, "--json", out / "x.json")
     assert not list(out.iterdir())

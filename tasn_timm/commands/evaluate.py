@@ -1,0 +1,230 @@
+"""Measure the accuracy of a trained model, or of several whose probabilities are averaged."""
+
+import argparse
+import json
+import os
+from itertools import combinations, zip_longest
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+from ..errors import UserError
+
+SUMMARY = "measure the accuracy of trained models"
+USAGE = """python -m tasn_timm evaluate MODEL [DATA] [options]
+       python -m tasn_timm evaluate [DATA] --ensemble MODEL MODEL [MODEL ...] [options]"""
+EXAMPLES = """examples:
+  python -m tasn_timm evaluate tasn_tiny                              # the dataset that it was trained on
+  python -m tasn_timm evaluate runs/cub photos/ --flip --json cub.json
+  python -m tasn_timm evaluate photos/ --ensemble runs/cub runs/cub-1 runs/cub-2
+  accelerate launch --multi_gpu --num_processes 8 -m tasn_timm evaluate runs/inat"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    add = parser.add_argument
+    add(
+        "names",
+        nargs="*",
+        metavar="MODEL [DATA]",
+        help="MODEL: a folder of training (runs/x or runs/x/best), local-dir:FOLDER, hf-hub:user/name or a timm name. "
+        "DATA: a built-in dataset, a folder, or a dataset id on the Hub (default: what the model was trained on)",
+    )
+    add("--ensemble", nargs="+", metavar="MODEL", help="average the probabilities of these models")
+    add("--split", default="test", help="split to measure on (default: %(default)s)")
+    add("--flip", action="store_true", help="average the probabilities of each image and its mirror image")
+    add("--json", type=Path, metavar="FILE", help="write everything measured, also each class, to this file")
+    add("--batch-size", type=int, default=64, help="images at once in each process (default: %(default)s)")
+    add("--workers", type=int, default=2, help="processes that load images; 0: none (default: %(default)s)")
+    add("--cpu", action="store_true", help="do not use an accelerator")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command."""
+    from accelerate import Accelerator
+
+    from ..data.loading import create_loader
+    from ..data.splits import class_names, load_splits, pick_split, super_classes
+    from ..hub import load_model
+    from ..training.evaluation import Ensemble, evaluate
+
+    # Build. Whatever is wrong shows here, before anything is computed.
+    sources, data = _models_and_data(options)
+    _check_options(options)
+    accelerator = Accelerator(cpu=options.cpu)
+    models = [load_model(source) for source in sources]
+    with accelerator.local_main_process_first():  # on each machine the first process fills the cache
+        splits = load_splits(data)
+    split, names = pick_split(splits, options.split, "--split", data), class_names(splits)
+    for source, model in zip(sources, models):
+        check_classes(source, model, data, names)
+    _check_different(sources, models)
+    families = super_classes(split)
+    ensemble = Ensemble(models, options.flip).to(accelerator.device).eval()
+    loader = create_loader(split, ensemble.transform(), options.batch_size, workers=options.workers)
+
+    scores = evaluate(accelerator, ensemble, accelerator.prepare(loader))
+    assert scores.images == len(split), f"{scores.images} of {len(split)} images counted"
+
+    classes = {
+        name: dict(correct=correct, images=images)
+        for name, correct, images in zip(names, scores.correct.tolist(), scores.counts.tolist())
+    }
+    result = dict(models=sources, data=data, split=options.split, flip=options.flip)
+    result |= dict(images=scores.images, top1=scores.top1, top5=scores.top5, classes=classes)
+    result["super_classes"] = families and by_super_class(classes, families)
+    if accelerator.is_main_process:
+        print(report(result))
+        if options.json:
+            _write(options.json, json.dumps(result, indent=2) + "\n")
+    accelerator.end_training()
+
+
+def _models_and_data(options: argparse.Namespace) -> tuple[list[str], str]:
+    """Models and dataset of the command line; a dataset that is left out is the one they were trained on."""
+    from ..hub import trained_on
+
+    sources, data = (options.ensemble, options.names) if options.ensemble else (options.names[:1], options.names[1:])
+    if not sources:
+        raise UserError("evaluate needs a model: give a folder such as runs/x, or a name such as tasn_tiny.")
+    if options.ensemble and len(sources) < 2:
+        raise UserError(f"--ensemble takes two models or more, got {sources[0]!r} alone: leave out --ensemble for one.")
+    if options.ensemble and not data and _is_data(sources[-1]):
+        raise UserError(f"{sources[-1]!r} after --ensemble is a dataset, not a model: give it before --ensemble.")
+    if len(data) > 1:
+        allowed = (
+            "[DATA] --ensemble MODEL MODEL ..." if options.ensemble else "MODEL [DATA], or --ensemble for more models"
+        )
+        raise UserError(f"too many arguments ({' '.join(options.names)}): evaluate takes {allowed}.")
+    if data:
+        return sources, data[0]
+    trained = {source: trained_on(source) for source in sources}
+    if len(set(trained.values())) > 1:
+        listing = ", ".join(f"{source} on {dataset or 'unknown data'}" for source, dataset in trained.items())
+        raise UserError(f"the models were not trained on the same data ({listing}): give DATA.")
+    (dataset,) = set(trained.values())
+    if dataset is None:
+        raise UserError(f"{', '.join(sources)} does not say what it was trained on: give DATA after MODEL.")
+    return sources, dataset
+
+
+def _is_data(name: str) -> bool:
+    from ..data.splits import BUILT_IN
+
+    folder = Path(name)
+    is_model = (folder / "config.json").is_file() or (folder / "best").is_dir()
+    return name in BUILT_IN or (folder.is_dir() and not is_model and not timm.is_model(name))
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size must be 1 or more, got {options.batch_size}.")
+    if options.workers < 0:
+        raise UserError(f"--workers must be 0 or more, got {options.workers}.")
+    if options.json:
+        _write(options.json, None)
+
+
+def _check_different(sources: list[str], models: list[nn.Module]) -> None:
+    """An average of a model with itself would look like a measurement of an ensemble."""
+    for (one, model), (other, twin) in combinations(zip(sources, models), 2):
+        weights, others = model.state_dict(), twin.state_dict()
+        if weights.keys() == others.keys() and all(torch.equal(weights[key], others[key]) for key in weights):
+            raise UserError(
+                f"models {one!r} and {other!r} have the same weights, so their average is either: train them with "
+                f"different seeds."
+            )
+
+
+def _write(path: Path, text: str | None) -> None:
+    """Write a file so that it is there complete or not at all; without text, only check that it can be written.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"{str(path)!r} is a folder")
+        aside.write_text(text or "")
+        if text is None:
+            aside.unlink()
+        else:
+            aside.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"--json {str(path)!r} cannot be written ({error}): give a file in an existing folder."
+        ) from error
+
+
+def check_classes(source: str, model: nn.Module, data: str, names: list[str]) -> None:
+    """Check that a model tells the classes of a dataset apart, in the same order.
+
+    Args:
+        source: The model's name, for the message.
+        model: timm model; where its pretrained_cfg has no label_names, only their number is compared.
+        data: The dataset's name, for the message.
+        names: Of the dataset's classes.
+
+    Raises:
+        UserError: Other classes, with the first difference; or a model of images that have not 3 channels.
+    """
+    labels = model.pretrained_cfg.get("label_names")
+    if model.num_classes != len(names) and not labels:
+        raise UserError(
+            f"model {source!r} has {model.num_classes} classes, but dataset {data!r} has {len(names)}: give a "
+            f"model that was trained on it, or the data that it was trained on."
+        )
+    for number, (label, name) in enumerate(zip_longest(labels or names, names)):
+        if label != name:
+            raise UserError(
+                f"class {number} of model {source!r} is {_quoted(label)}, but of dataset {data!r} it is "
+                f"{_quoted(name)}: give a model of these classes in this order, or the data that it was trained on."
+            )
+    if getattr(model, "in_chans", 3) != 3:
+        raise UserError(
+            f"model {source!r} takes {model.in_chans} channels, but images have 3 here: give another model."
+        )
+
+
+def _quoted(name: str | None) -> str:
+    return "missing" if name is None else repr(name)
+
+
+def by_super_class(classes: dict[str, dict[str, int]], families: dict[str, str]) -> dict[str, dict[str, float]]:
+    """Sum up classes by their super-class, those of the most classes first, as in Table 10.
+
+    Args:
+        classes: Name -> "correct" and "images".
+        families: Class -> super-class.
+
+    Returns:
+        Super-class -> "classes" and "images", their numbers, and "top1" in percent.
+    """
+    result = {}
+    for family in dict.fromkeys(families.values()):
+        members = [classes[name] for name, above in families.items() if above == family]
+        correct, images = (sum(member[key] for member in members) for key in ("correct", "images"))
+        result[family] = dict(classes=len(members), images=images, top1=100 * correct / images)
+    return dict(sorted(result.items(), key=lambda item: -item[1]["classes"]))
+
+
+def report(result: dict) -> str:
+    """What was measured as text: one line and, where there are super-classes, a table like Table 10."""
+    models = " + ".join(result["models"]) + (" (image and mirror image)" if result["flip"] else "")
+    top5 = "" if result["top5"] is None else f", top-5 {result['top5']:.2f} %"
+    line = f"{models} on {result['data']}, split {result['split']}: {result['images']} images, "
+    line += f"top-1 {result['top1']:.2f} %{top5}"
+    families = result["super_classes"]
+    if not families:
+        return line
+    total = dict(classes=sum(family["classes"] for family in families.values()), images=result["images"])
+    families = families | {"Total": total | dict(top1=result["top1"])}
+    width = max(map(len, ["Super Class", *families]))
+    rows = [
+        f"{name:<{width}}  {family['classes']:>7}  {family['images']:>7}  {family['top1']:>8.2f}"
+        for name, family in families.items()
+    ]
+    return "\n".join([line, "", f"{'Super Class':<{width}}  # Class   images  accuracy", *rows])
