@@ -7,6 +7,7 @@ python train_accelerate.py --help                                      # every o
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,13 +25,15 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 import tasn_timm
-from tasn_timm.data.loading import create_loader, keyed_seed, seed_torch
-from tasn_timm.data.splits import class_names, load_splits, pick_split
-from tasn_timm.data.transforms import Normalize, eval_transform, train_transform
+from tasn_timm.data.loading import keyed_seed, seed_torch
+from tasn_timm.data.splits import class_names
+from tasn_timm.data.transforms import Normalize
 from tasn_timm.errors import UserError, run_command
 from tasn_timm.hub import check_folder
 from tasn_timm.recipe import Recipe, load_recipe, parse_args, recipe_name
+from tasn_timm.training.bad_images import BadImages
 from tasn_timm.training.evaluation import evaluate
+from tasn_timm.training.loaders import build_loaders, load_data
 from tasn_timm.training.objective import Objective, create_objective, micro_batch_size
 from tasn_timm.training.progress import Progress
 from tasn_timm.training.run import Run, comparison_table
@@ -38,6 +41,7 @@ from tasn_timm.training.run import Run, comparison_table
 # What a comparison takes over from the first recipe, so that only the model and its input differ.
 SHARED_OPTIONS = [
     *("data", "train_split", "val_split", "test_split", "num_classes"),
+    *("input_key", "target_key", "streaming", "max_bad_images", "decoder"),
     *("epochs", "warmup_epochs", "batch_size", "grad_accum_steps", "seed", "mixed_precision"),
     *("workers", "cpu", "log_interval", "output"),
 ]
@@ -68,34 +72,35 @@ def train(name: str, recipe: Recipe, accelerator: Accelerator) -> Run:
     # Build. Whatever is wrong in a recipe shows here, before anything is written.
     set_seed(recipe.seed)
     with accelerator.local_main_process_first():  # on each machine the first process fills the cache
-        splits = load_splits(recipe.data)
+        splits, data = load_data(recipe)
+    recipe = replace(recipe, data=data)
     names = class_names(splits)
     model = build_model(recipe, len(names))
-    loaders = build_loaders(recipe, splits, micro_batch_size(recipe, accelerator.num_processes, model))
+    batch_size = micro_batch_size(recipe, accelerator.num_processes, model)
+    loaders = build_loaders(recipe, splits, batch_size, accelerator)
     data_config = resolve_model_data_config(model) | dict(
         input_size=(3, recipe.img_size, recipe.img_size),
         interpolation="bicubic",
         crop_pct=crop_share(recipe.img_size, recipe.resize or recipe.img_size),
     )
-    parts = build_parts(recipe, model, loaders["train"], data_config)
+    parts = build_parts(recipe, model, len(loaders["train"]) // recipe.grad_accum_steps, data_config)
     scored = parts.average.module if parts.average else model  # evaluated and saved
     run = Run(name, recipe, accelerator, scored, names, data_config)
 
+    bad_images = BadImages(recipe.max_bad_images, recipe.train_split, run.folder / "bad_images.jsonl", accelerator)
+
     # Prepare. Not the scheduler: Accelerate would step it once per process.
-    order = loaders["train"].sampler
     parts = parts._replace(
         model=accelerator.prepare(parts.model),
         optimizer=accelerator.prepare(parts.optimizer),
         normalize=parts.normalize.to(accelerator.device),
         average=parts.average and parts.average.to(accelerator.device),
     )
-    loaders = {split: accelerator.prepare(loader) for split, loader in loaders.items()}
-
     scored = accelerator.prepare_model(scored, evaluation_mode=True) if parts.average else parts.model
     predict = nn.Sequential(parts.normalize, scored)
     for epoch in range(recipe.epochs):
-        order.set_epoch(epoch)
-        progress = train_one_epoch(name, recipe, accelerator, epoch, parts, loaders["train"])
+        loaders["train"].set_epoch(epoch)
+        progress = train_one_epoch(name, recipe, accelerator, epoch, parts, loaders["train"], bad_images)
         scores = evaluate(accelerator, predict.eval(), loaders["val"]) if "val" in loaders else None
         run.end_epoch(epoch, progress, parts.optimizer.param_groups[0]["lr"], scores)
     if "test" in loaders:
@@ -117,13 +122,20 @@ class Parts(NamedTuple):
 
 
 def train_one_epoch(
-    name: str, recipe: Recipe, accelerator: Accelerator, epoch: int, parts: Parts, loader: DataLoader
+    name: str,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    epoch: int,
+    parts: Parts,
+    loader: DataLoader,
+    bad_images: BadImages,
 ) -> Progress:
     """One pass over the training split; returns the averaged losses."""
     parts.model.train()
     progress = Progress(accelerator, f"{name} epoch {epoch + 1}/{recipe.epochs}", recipe.log_interval)
     update = epoch * len(loader) // recipe.grad_accum_steps
-    for step, (images, labels) in enumerate(progress.over(loader)):
+    for step, (images, labels, bad) in enumerate(progress.over(loader)):
+        bad_images.add(bad)
         # Dropout and the choice of parts depend on nothing but the place in the run.
         seed_torch(keyed_seed(recipe.seed, "step", epoch, step, accelerator.process_index))
         with accelerator.accumulate(parts.model):
@@ -139,6 +151,7 @@ def train_one_epoch(
             if parts.average:
                 parts.average.update(accelerator.unwrap_model(parts.model))
         progress.add(losses)
+    bad_images.end_epoch()
     if parts.average:  # each process has averaged its own BatchNorm statistics: the main one's count, as in DDP
         broadcast(list(parts.average.module.buffers()))
     return progress
@@ -184,35 +197,8 @@ def crop_share(img_size: int, resize: int) -> float:
     return share if math.floor(img_size / share) == resize else math.nextafter(share, 0)
 
 
-def build_loaders(recipe: Recipe, splits: dict, batch_size: int) -> dict[str, DataLoader]:
-    """Loaders of the train, and where the recipe has them val and test, splits."""
-    split = pick_split(splits, recipe.train_split, "train_split", recipe.data)
-    if len(split) < recipe.batch_size:
-        raise UserError(
-            f"split {recipe.train_split!r} has {len(split)} images, fewer than batch_size {recipe.batch_size}: use a "
-            f"smaller batch_size."
-        )
-    augment = train_transform(
-        recipe.img_size,
-        recipe.resize,
-        recipe.crop_padding,
-        recipe.hflip,
-        recipe.degrees,
-        recipe.color_jitter,
-        recipe.pca_noise,
-    )
-    options = dict(seed=recipe.seed, multiple=recipe.batch_size, workers=recipe.workers)
-    loaders = dict(train=create_loader(split, augment, batch_size, **options))
-    for key, option, chosen in (("val", "val_split", recipe.val_split), ("test", "test_split", recipe.test_split)):
-        if chosen is not None:
-            split = pick_split(splits, chosen, option, recipe.data)
-            transform = eval_transform(recipe.img_size, recipe.resize)
-            loaders[key] = create_loader(split, transform, batch_size, workers=recipe.workers)
-    return loaders
-
-
-def build_parts(recipe: Recipe, model: nn.Module, loader: DataLoader, data_config: dict) -> Parts:
-    """Objective, optimizer and scheduler of a model."""
+def build_parts(recipe: Recipe, model: nn.Module, updates: int, data_config: dict) -> Parts:
+    """Objective, optimizer and scheduler of a model that makes so many updates an epoch."""
     arguments = dict(
         lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum, layer_decay=recipe.layer_decay
     )
@@ -232,7 +218,7 @@ def build_parts(recipe: Recipe, model: nn.Module, loader: DataLoader, data_confi
         decay_milestones=recipe.decay_milestones,
         decay_rate=recipe.decay_rate,
         step_on_epochs=False,
-        updates_per_epoch=len(loader.sampler) // recipe.batch_size,
+        updates_per_epoch=updates,
     )
     return Parts(
         model=model,

@@ -4,10 +4,17 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .commands import evaluate, export, recipes, run
+from .commands import check_data, evaluate, export, prepare, recipes, run
 from .errors import UserError
 
-COMMANDS = {"evaluate": evaluate, "export": export, "recipes": recipes, "run": run}
+COMMANDS = {
+    "check-data": check_data,
+    "evaluate": evaluate,
+    "export": export,
+    "prepare": prepare,
+    "recipes": recipes,
+    "run": run,
+}
 
 
 class _Parser(argparse.ArgumentParser):

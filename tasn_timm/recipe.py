@@ -38,6 +38,15 @@ class Recipe:
     )
     test_split: str | None = _option("test", "split that is read once, at the end; null: none")
     num_classes: int | None = _option(None, "number of classes, checked against the dataset; null: the dataset's")
+    input_key: str | None = _option(None, "column of the images; null: found")
+    target_key: str | None = _option(None, "column of the labels; null: found")
+    streaming: bool = _option(
+        False, "read the training split from the Hub or its folder as it is needed, in no exactly repeatable order"
+    )
+    max_bad_images: int = _option(
+        0, "unreadable training images for which others are taken; one more stops the run. In evaluation any one does"
+    )
+    decoder: str = _option("pillow", "what decodes training images: pillow or simplejpeg (extra fast)")
 
     # model
     model: str = _option("tasn_tiny", "timm model: tasn_..., any other one, or local-dir:FOLDER")
@@ -52,6 +61,8 @@ class Recipe:
     degrees: float = _option(0.0, "largest random rotation in degrees")
     color_jitter: float = _option(0.0, "largest relative change of brightness, contrast and saturation")
     pca_noise: float = _option(0.0, "standard deviation of AlexNet's PCA colour noise; the published code has 0.1")
+    aa: str | None = _option(None, "timm's RandAugment, such as rand-m9-mstd0.5-inc1; null: none")
+    reprob: float = _option(0.0, "probability that a random rectangle is erased")
 
     # loss
     smoothing: float = _option(0.0, "label smoothing, 0 to 1")
@@ -113,7 +124,7 @@ class Recipe:
             if getattr(self, name) < 1:
                 raise UserError(f"recipe: {name} must be at least 1, got {getattr(self, name)}.")
         for name in (
-            *("workers", "lr", "warmup_lr", "min_lr", "weight_decay"),
+            *("workers", "max_bad_images", "lr", "warmup_lr", "min_lr", "weight_decay"),
             *("color_jitter", "degrees", "crop_padding", "pca_noise"),
             *("soft_weight", "part_weight", "attention_weight", "shared_part_weight"),
         ):
@@ -135,7 +146,7 @@ class Recipe:
                 f"recipe: decay_milestones {self.decay_milestones} must be less than epochs ({self.epochs}), or the "
                 f"learning rate never decays: scale them with epochs."
             )
-        for name in ("hflip", "smoothing", "master_weight"):
+        for name in ("hflip", "reprob", "smoothing", "master_weight"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise UserError(f"recipe: {name} must be between 0 and 1, got {value}.")

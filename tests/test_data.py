@@ -1,6 +1,7 @@
 """Splits, decoding, transforms, and an order and augmentation that depend on (seed, epoch, index) alone."""
 
 import io
+import random
 
 import numpy as np
 import pytest
@@ -8,11 +9,11 @@ import torch
 from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
-from torchvision.transforms import v2
 
-from tasn_timm.data.loading import KeyedImages, KeyedSampler, create_loader, decode, keyed_seed
+from tasn_timm.data.decoding import decode
+from tasn_timm.data.loading import KeyedImages, KeyedSampler, create_loader, keyed_seed
 from tasn_timm.data.splits import class_names, load_splits, pick_split
-from tasn_timm.data.transforms import Normalize, PCANoise, eval_transform, train_transform
+from tasn_timm.data.transforms import eval_transform, train_transform
 
 
 def png(pixels: np.ndarray, **options) -> bytes:
@@ -96,7 +97,7 @@ def test_an_unreadable_image_is_named():
     rows = [dict(image=dict(bytes=b"no image", path=None), label=0)]
     split = Dataset.from_list(rows, features=Features(image=Image(), label=ClassLabel(names=["a"])))
     with pytest.raises(ValueError, match="image 0 .* cannot be read"):
-        KeyedImages(split, v2.PILToTensor())[0, 0]
+        KeyedImages(split, eval_transform(4))[0, 0]
 
 
 def test_the_order_is_another_permutation_each_epoch_and_the_same_for_a_seed():
@@ -118,15 +119,21 @@ def test_the_order_is_another_permutation_each_epoch_and_the_same_for_a_seed():
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_only():
-    split, transform = numbered_split(), train_transform(24, crop_padding=4, color_jitter=0.4, degrees=10)
+    split = numbered_split()
+    transform = train_transform(24, crop_padding=4, color_jitter=0.4, degrees=10, aa="rand-m9-mstd0.5", reprob=0.5)
     images = KeyedImages(split, transform, seed=0)
-    expected = images[2, 7][0]
-    images[2, 8], torch.rand(3)
-    before = torch.get_rng_state()
-    assert torch.equal(images[2, 7][0], expected)
-    assert torch.equal(before, torch.get_rng_state()), "the global generator is left alone"
-    assert not torch.equal(images[3, 7][0], expected)
-    assert not torch.equal(KeyedImages(split, transform, seed=1)[2, 7][0], expected)
+
+    def flat(images: KeyedImages, *key: int) -> torch.Tensor:
+        return torch.cat([tensor.flatten() for tensor in images[key][0]])
+
+    expected = flat(images, 2, 7)
+    images[2, 8], torch.rand(3), random.random(), np.random.rand()
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    assert torch.equal(flat(images, 2, 7), expected)
+    assert torch.equal(before[0], torch.get_rng_state()), "the global generators are left alone"
+    assert before[1] == random.getstate() and np.array_equal(before[2], np.random.get_state()[1])
+    assert not torch.equal(flat(images, 3, 7), expected)
+    assert not torch.equal(flat(KeyedImages(split, transform, seed=1), 2, 7), expected)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -135,13 +142,14 @@ def test_batches_do_not_depend_on_the_number_of_workers(workers):
         numbered_split(), train_transform(16, color_jitter=0.4), 6, seed=0, multiple=12, workers=workers
     )
     loader.sampler.set_epoch(5)
-    labels = torch.cat([labels for _, labels in loader])
-    images = torch.cat([images for images, _ in loader])
-    assert images.dtype == torch.uint8 and images.shape == (12, 3, 16, 16)
+    labels = torch.cat([labels for _, labels, _ in loader])
+    images, colours = (torch.cat(tensors) for tensors in zip(*[images for images, _, _ in loader]))
+    assert images.dtype == torch.uint8 and images.shape == (12, 3, 16, 16) and colours.shape == (12, 3, 4)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(keyed_seed(0, "order", 5)))[:12]
     assert labels.tolist() == [i % 3 for i in order.tolist()]
     one = KeyedImages(numbered_split(), train_transform(16, color_jitter=0.4), 0)
-    assert torch.equal(images, torch.stack([one[5, i][0] for i in order.tolist()]))
+    assert torch.equal(images, torch.stack([one[5, i][0][0] for i in order.tolist()]))
+    assert torch.equal(colours, torch.stack([one[5, i][0][1] for i in order.tolist()]))
 
 
 def test_accelerate_keeps_the_sampler():
@@ -151,7 +159,7 @@ def test_accelerate_keeps_the_sampler():
     for epoch in (0, 1):
         sampler.set_epoch(epoch)
         expected = [index for _, index in sampler]
-        assert [int(image[0, 0, 0]) for images, _ in prepared for image in images] == expected
+        assert [int(image[0, 0, 0]) for (images,), _, _ in prepared for image in images] == expected
 
 
 def test_keyed_seeds_are_pinned():
@@ -160,63 +168,65 @@ def test_keyed_seeds_are_pinned():
     assert all(0 <= keyed_seed(0, i) < 2**63 for i in range(100))
 
 
-def test_evaluation_resizes_the_short_side_and_crops_the_centre():
-    pixels = np.zeros((40, 80, 3), np.uint8)
-    pixels[:, 30:50] = 200
-    image = PILImage.fromarray(pixels)
-    cropped = eval_transform(20)(image)  # 40 x 80 -> 20 x 40 -> columns 10 to 30 of 40, that is 20 to 60 of 80
-    assert cropped.shape == (3, 20, 20) and cropped.dtype == torch.uint8
-    assert cropped[0, 10, [0, 10, 19]].tolist() == [0, 200, 0]
-    assert eval_transform(20, resize=40)(image)[0, 0, [0, 10, 19]].tolist() == [200, 200, 200]
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_goes_on_where_it_was_left(workers):
+    def batches(resumed: int = 0) -> list[torch.Tensor]:
+        loader = create_loader(numbered_split(), train_transform(16), 3, seed=1, multiple=6, workers=workers)
+        loader.sampler.set_epoch(4)
+        loader.sampler.resume(4, resumed)
+        assert len(loader) == 6 - resumed // 3
+        first = [images[0] for images, _, _ in loader]
+        loader.sampler.set_epoch(5)
+        assert len(loader) == 6, "the next epoch is whole again"
+        return first
+
+    whole, rest = batches(), batches(resumed=6)
+    assert all(map(torch.equal, whole[2:], rest)) and len(rest) == 4
 
 
-def test_padding_mirrors_and_moves_by_at_most_its_width():
-    image = PILImage.fromarray(np.arange(16, dtype=np.uint8)[None, :, None].repeat(16, 0).repeat(3, 2))
-    transform = train_transform(16, crop_padding=3, hflip=0)
-    firsts = set()
-    for seed in range(60):
-        torch.manual_seed(seed)
-        row = transform(image)[0, 0].tolist()
-        firsts.add(row[0] if row[1] > row[0] else -row[0])
-    assert firsts == {-3, -2, -1, 0, 1, 2, 3}
+def spoiled_split(*rows: int) -> Dataset:
+    """`numbered_split` with images that are none, and ids."""
+    images = [dict(image, bytes=b"spoiled") if row in rows else image for row, image in enumerate(undecoded())]
+    columns = dict(image=images, label=numbered_split()["label"][:], image_id=[f"id{row}" for row in range(20)])
+    features = Features(image=Image(), label=ClassLabel(names=["a", "b", "c"]), image_id=Value("string"))
+    return Dataset.from_dict(columns, features=features)
 
 
-def test_rotation_turns_the_whole_picture_and_fills_with_white():
-    pixels = np.zeros((60, 60, 3), np.uint8)
-    pixels[28:32, 28:32] = 100
-    torch.manual_seed(1)
-    rotated = train_transform(60, degrees=30)(PILImage.fromarray(pixels))
-    assert rotated[:, 0, 0].tolist() == [255, 255, 255]
-    assert rotated[0, 30, 30] == 100 and v2.CenterCrop(40)(rotated).max() == 100, "about the centre"
-    crops = torch.stack([train_transform(20, resize=60, degrees=30)(PILImage.fromarray(pixels)) for _ in range(40)])
-    without_white = (crops < 255).flatten(1).all(1).sum()
-    assert 10 < without_white < 40, "a crop out of the rotated picture often has nothing to fill"
+def undecoded() -> list[dict]:
+    return numbered_split().cast_column("image", Image(decode=False))["image"][:]
 
 
-def test_pca_noise_is_one_shift_with_the_colours_covariance():
-    image = torch.full((3, 8, 8), 128, dtype=torch.uint8)
-    torch.manual_seed(0)
-    shifted = PCANoise(0.1)(image)
-    torch.manual_seed(0)
-    alpha = 0.1 * torch.randn(3)
-    red = -0.5675 * 55.46 * alpha[0] + 0.7192 * 4.794 * alpha[1] + 0.4009 * 1.148 * alpha[2]
-    blue = -0.5836 * 55.46 * alpha[0] - 0.6948 * 4.794 * alpha[1] + 0.4203 * 1.148 * alpha[2]
-    assert shifted.dtype == torch.uint8 and (shifted == shifted[:, :1, :1]).all()
-    assert shifted[[0, 2], 0, 0].tolist() == [round(128 + red.item()), round(128 + blue.item())]
-    shifts = torch.stack([PCANoise(0.1)(image)[:, 0, 0].float() for _ in range(2000)])
-    torch.testing.assert_close(shifts.mean(0), torch.full((3,), 128.0), atol=0.3, rtol=0)
-    torch.testing.assert_close(shifts.std(0), torch.tensor([3.17, 3.22, 3.25]), atol=0.2, rtol=0)  # 0.1 x 55.46 x axis
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_are_replaced_by_the_same_others_and_reported(workers):
+    def epoch(number: int) -> tuple[torch.Tensor, list[int], list]:
+        loader = create_loader(
+            spoiled_split(3, 11), train_transform(24, hflip=0), 5, seed=0, workers=workers, max_bad_images=2
+        )
+        loader.sampler.set_epoch(number)
+        batches = list(loader)
+        bad = [image for batch in batches for image in batch.bad]
+        values = torch.cat([batch.images[0][:, 0, 0, 0] for batch in batches])
+        return values, torch.cat([batch.labels for batch in batches]), bad
+
+    values, labels, bad = epoch(0)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(keyed_seed(0, "order", 0))).tolist()
+    for place, row in enumerate(order):
+        value = int(values[place])
+        assert value == row or (row in (3, 11) and value not in (3, 11))
+        assert labels[place] == value % 3, "with the label of what was taken"
+    assert {(image.row, image.image_id, image.file) for image in bad} == {
+        (3, "id3", "in the dataset"),
+        (11, "id11", "in the dataset"),
+    }
+    assert all("not an image" in image.reason for image in bad)
+    again, other = epoch(0), epoch(1)
+    assert torch.equal(again[0], values) and again[2] == bad
+    assert other[0].tolist() != values.tolist()
 
 
-def test_pca_noise_stays_within_black_and_white():
-    for value in (0, 255):
-        torch.manual_seed(0)
-        shifted = torch.stack([PCANoise(1.0)(torch.full((3, 1, 1), value, dtype=torch.uint8)) for _ in range(50)])
-        assert (shifted == value).any() and (shifted.int() - value).abs().max() < 250, "no wrapping around"
-
-
-def test_normalize_is_timms():
-    images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    expected = v2.Normalize(mean, std)(images / 255)
-    torch.testing.assert_close(Normalize(mean, std)(images), expected)
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_more_bad_images_than_allowed_are_an_error(allowed):
+    images = KeyedImages(spoiled_split(*range(20)), eval_transform(24), max_bad_images=allowed)
+    message = r"image \d+ \(id id\d+, in the dataset\) cannot be read: not an image.*check-data"
+    with pytest.raises(ValueError, match=message):
+        images[0, 7]

@@ -12,6 +12,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from dataset_hub import DatasetHub, connect, go_online
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
@@ -186,7 +187,7 @@ def test_an_ensemble_of_different_inputs_scores_what_a_plain_loop_scores(measure
 def test_views_have_the_pixels_of_evaluation_in_training(tmp_path, image_folder):
     ensemble = Ensemble([load_model(str(save(tmp_path / "best", COLOURS, image_folder, crop_pct=0.8)))])
     image = pictures(image_folder)[0][0]
-    assert torch.equal(ensemble.transform()(image)[0], eval_transform(32, resize=40)(image))
+    assert torch.equal(ensemble.transform()(image)[0], eval_transform(32, resize=40)(image)[0])
 
 
 def test_probabilities_are_averaged_not_logits(measure, tmp_path, image_folder):
@@ -234,6 +235,60 @@ def test_without_super_classes_there_is_one_line(command, tmp_path, image_folder
     assert len(out.splitlines()) == 1 and "top-5" not in out
 
 
+def write_part(path: Path, data: Path, names: list[str], **more: str) -> Path:
+    """The test images of these classes, in a parquet file with the classes in this order."""
+    rows = Dataset.from_parquet(str(data / "test-00000.parquet"))
+    keep = [row for row, label in enumerate(rows["label"][:]) if SPECIES[label] in names]
+    rows, texts = rows.select(keep), [SPECIES[label] for label in rows.select(keep)["label"][:]]
+    labels = [names.index(text) for text in texts]
+    rows = rows.remove_columns("label").add_column("label", labels, feature=ClassLabel(names=names))
+    path.mkdir()
+    rows.add_column("other", labels, feature=ClassLabel(num_classes=len(names))).rename_columns(more).to_parquet(
+        path / "test-00000.parquet"
+    )
+    return path
+
+
+def test_a_part_of_the_classes_is_matched_by_name(command, measure, tmp_path, species):
+    folder, twin = (save(tmp_path / name, SPECIES, species, seed=seed) for seed, name in enumerate("ab"))
+    part = write_part(tmp_path / "part", species, ["species 6", "species 2", "species 4"])
+    for whole, result in (
+        (measure(folder, species), measure(folder, part)),
+        (measure(species, "--ensemble", folder, twin), measure(part, "--ensemble", folder, twin)),
+    ):
+        assert result["matched_by_name"] == dict(classes=3, of=8) and whole["matched_by_name"] is None
+        kept = {name: whole["classes"][name] for name in ("species 2", "species 4", "species 6")}
+        assert result["classes"] == kept and result["images"] == sum(one["images"] for one in kept.values()) == 8
+        assert result["top1"] == pytest.approx(100 * sum(one["correct"] for one in kept.values()) / 8)
+        assert {name: family["classes"] for name, family in result["super_classes"].items()} == dict(Aves=2, Fungi=1)
+    out = command("evaluate", folder, part)[1]
+    assert out.splitlines()[1:3] == ["classes matched by name: 3 of the model's 8", ""]
+    code, _, err = command("evaluate", folder, part, "--target-key", "other")
+    assert code == 2 and "does not know 3 of the 3 classes" in err and "unknown class '0'" in err
+
+
+def test_classes_in_another_order_are_matched_by_name(measure, tmp_path, species):
+    folder = save(tmp_path / "best", SPECIES, species)
+    turned = write_part(tmp_path / "turned", species, SPECIES[::-1], image="photo", label="kind")
+    result = measure(folder, turned, "--target-key", "kind", "--input-key", "photo")
+    assert result.pop("matched_by_name") == dict(classes=8, of=8)
+    whole = measure(folder, species)
+    assert all(result[key] == whole[key] for key in ("images", "top1", "top5", "classes", "super_classes"))
+
+
+def test_data_of_the_hub_is_recorded_with_its_commit(measure, tmp_path, species, monkeypatch):
+    hub = DatasetHub()
+    connect(monkeypatch, hub, tmp_path / "cache")
+    commit = hub.publish("me/birds", {path.name: path.read_bytes() for path in species.iterdir()}, tag="v1")
+    folder = save(tmp_path / "best", SPECIES, species)
+    result = measure(folder, "me/birds@v1")
+    assert result["data"] == f"me/birds@{commit}"
+    assert result["classes"] == measure(folder, species)["classes"]
+    assert not any("train" in request for request in hub.requests), "the other split is not downloaded"
+    go_online(monkeypatch)
+    hub.stop()
+
+
 def test_a_bar_is_shown_where_somebody_watches(command, tmp_path, image_folder, monkeypatch):
     folder = save(tmp_path / "best", COLOURS, image_folder)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
@@ -262,7 +317,7 @@ def test_another_split_is_measured(measure, tmp_path, image_folder):
 def test_scores_count_classes_and_tell_top5_only_beyond_5():
     scores = Scores(correct=torch.tensor([2, 0, 1]), counts=torch.tensor([4, 0, 4]), top5=None)
     assert scores.metrics == dict(top1=37.5, images=8)
-    loader = [(torch.eye(8)[[0, 1, 2, 3]], torch.tensor([0, 1, 2, 7]))] * 2
+    loader = [(torch.eye(8)[[0, 1, 2, 3]], torch.tensor([0, 1, 2, 7]), [])] * 2
     scores = evaluate(Accelerator(cpu=True), lambda images: images - torch.arange(8) / 100, loader)
     assert scores.metrics == dict(top1=75.0, top5=75.0, images=8)
     assert scores.correct.tolist() == [2, 2, 2, 0, 0, 0, 0, 0] and scores.counts.tolist() == [2, 2, 2, 0, 0, 0, 0, 2]
@@ -281,11 +336,17 @@ def test_scores_count_classes_and_tell_top5_only_beyond_5():
         (["evaluate", "tasn", "synthbirds"], "'tasn' has no trained classifier"),
         (["evaluate", "test_resnet"], "test_resnet does not say what it was trained on: give DATA after MODEL"),
         (["evaluate", "resnet6s", "{photos}"], "model 'resnet6s' cannot be loaded: No pretrained weights"),
-        (["evaluate", "{best}", "--split", "dev"], "only train, validation, test: set --split to one of these."),
-        (["evaluate", "{best}", "{species}"], "class 0 of model '{best}' is 'blue', but of dataset '{species}' it is"),
-        (["evaluate", "{swapped}"], "class 1 of model '{swapped}' is 'red', but of dataset '{photos}' it is 'green'"),
-        (["evaluate", "{longer}", "{photos}"], "class 3 of model '{longer}' is 'white', but of dataset"),
-        (["evaluate", "--ensemble", "{best}", "{swapped}"], "class 1 of model '{swapped}' is 'red'"),
+        (["evaluate", "{best}", "--split", "dusk"], "only train, validation, test: set --split, or the recipe's"),
+        (
+            ["evaluate", "{best}", "{species}"],
+            "'{best}' does not know 8 of the 8 classes of dataset '{species}': unknown",
+        ),
+        (["evaluate", "{misspelt}"], "class 'green': did you mean 'greem'? Choose from blue, greem, red."),
+        (["evaluate", "{shorter}", "{photos}"], "model '{shorter}' has 4 classes, but 3 names of classes"),
+        (
+            ["evaluate", "--ensemble", "{best}", "{swapped}"],
+            "class 1 of model '{swapped}' is 'red', but of model '{best}'",
+        ),
         (["evaluate", "{nameless}", "{photos}"], "has 4 classes, but dataset '{photos}' has 3"),
         (["evaluate", "--ensemble", "{best}"], "--ensemble takes two models or more"),
         (["evaluate", "--ensemble", "{best}", "tasn_tiny"], "not trained on the same data"),
@@ -296,9 +357,12 @@ def test_scores_count_classes_and_tell_top5_only_beyond_5():
         (["evaluate", "a", "b", "--ensemble", "{best}", "{best}"], "too many arguments (a b): evaluate takes [DATA]"),
         (["evaluate", "{best}", "{photos}", "x"], "evaluate takes MODEL [DATA]"),
         (["evaluate", "{best}", "nowhere"], "unknown dataset 'nowhere'"),
-        (["evaluate", "{best}", "cub200"], "200 classes, 5,994/5,794 images) is not downloaded"),
-        (["evaluate", "{best}", "cars196"], "196 classes, 8,144/8,041 images) is not downloaded"),
-        (["evaluate", "{best}", "inat2017"], "5,089 classes, 579,184/95,986 images) is not downloaded"),
+        (["evaluate", "{best}", "cub200"], "prepare cub200 --archive CUB_200_2011.tgz, or give the folder"),
+        (
+            ["evaluate", "{best}", "cars196"],
+            "cars_train.tgz cars_test.tgz car_devkit.tgz cars_test_annos_withlabels.mat,",
+        ),
+        (["evaluate", "{best}", "inat2017"], "5,089 classes, 579,184/95,986 images) is not in 'data/inat2017'"),
         (["evaluate", "{best}", "--batch-size", "0"], "--batch-size must be 1 or more"),
         (["evaluate", "{best}", "--workers", "-1"], "--workers must be 0 or more"),
         (["evaluate", "{best}", "--batch-size", "x"], "invalid int value: 'x'"),
@@ -312,8 +376,10 @@ def test_mistakes_get_one_line_and_exit_code_2(command, tmp_path, image_folder, 
     folders = dict(photos=image_folder, species=species)
     logits = [0.0, 0.0, 0.0]
     folders["best"] = constant(tmp_path / "best", logits, image_folder)
-    for name, labels in (("swapped", ["blue", "red", "green"]), ("longer", [*COLOURS, "white"]), ("nameless", None)):
-        folders[name] = constant(tmp_path / name, [*logits, 0.0][: len(labels or "four")], image_folder)
+    others = dict(swapped=["blue", "red", "green"], misspelt=["blue", "greem", "red"], shorter=COLOURS, nameless=None)
+    for name, labels in others.items():
+        count = 4 if name in ("shorter", "nameless") else 3
+        folders[name] = constant(tmp_path / name, [0.0] * count, image_folder)
         path = folders[name] / "config.json"
         config = json.loads(path.read_text()) | dict(label_names=labels)
         path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from timm.data import resolve_model_data_config
 
 from tasn_timm import TASN
-from tasn_timm.data.splits import load_splits
 from tasn_timm.recipe import RECIPES, Recipe, load_recipe
+from tasn_timm.training.loaders import build_loaders, load_data
 
 SCRIPT = Path(__file__).parents[1] / "train_accelerate.py"
 spec = importlib.util.spec_from_file_location("train_accelerate", SCRIPT)
@@ -59,15 +60,16 @@ def shrunk(name: str, data: Path) -> Recipe:
 def test_a_step_of_every_recipe(name, image_folder):
     torch.manual_seed(0)
     recipe = shrunk(name, image_folder)
-    splits = load_splits(recipe.data)
+    splits, _ = load_data(recipe)
     model = train_accelerate.build_model(recipe, classes=3)
-    loaders = train_accelerate.build_loaders(recipe, splits, batch_size=2)
-    parts = train_accelerate.build_parts(recipe, model, loaders["train"], resolve_model_data_config(model))
+    loaders = build_loaders(recipe, splits, batch_size=2, accelerator=Accelerator(cpu=True))
+    parts = train_accelerate.build_parts(recipe, model, 24, resolve_model_data_config(model))
     parameter = next(iter(model.get_classifier().parameters()))
     before = parameter.detach().clone()
 
-    images, labels = next(iter(loaders["train"]))
-    assert images.shape == (2, 3, 56, 56) and images.dtype == torch.uint8
+    images, labels, _ = next(iter(loaders["train"]))
+    assert images[0].shape == (2, 3, 56, 56) and images[0].dtype == torch.uint8
+    assert len(images) == (2 if recipe.color_jitter or recipe.pca_noise else 1)
     losses = parts.objective(model.train()(parts.normalize(images)), labels)
     losses["loss"].backward()
     parts.optimizer.step()

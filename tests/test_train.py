@@ -209,7 +209,7 @@ def test_training_goes_on_from_a_folder(train, tmp_path):
         (["--epoch", "3"], "did you mean '--epochs'"),
         (["--data", "/no/such/folder"], "data folder '/no/such/folder' does not exist"),
         (["--num-classes", "200"], "num_classes is 200, but dataset"),
-        (["--train-split", "training"], "only train, validation, test"),
+        (["--train-split", "all"], "only train, validation, test"),
         (["--batch-size", "1"], "BatchNorm, which needs at least 2: use batch_size 2 or more"),
         (["--batch-size", "10", "--grad-accum-steps", "4"], "cannot be divided among 1 processes x 4"),
         (["--batch-size", "1000"], "48 images, fewer than batch_size 1000"),
@@ -233,6 +233,12 @@ def test_training_goes_on_from_a_folder(train, tmp_path):
         (["--mixed-precision", "fp16"], "fp16 has no effect on a CPU"),
         (["--data", "my: photos"], "unknown dataset 'my: photos'"),
         (["--sched", "cosin"], "did you mean 'cosine'"),
+        (["--decoder", "pilow"], "unknown decoder 'pilow': did you mean 'pillow'"),
+        (["--aa", "augmix-m3"], "aa must be timm's RandAugment"),
+        (["--max-bad-images", "-1"], "max_bad_images must be 0 or more"),
+        (["--reprob", "2"], "reprob must be between 0 and 1"),
+        (["--input-key", "photo"], "--input-key 'photo' is not a column"),
+        (["--streaming", "--workers", "100"], "use --workers"),
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2_before_anything_is_written(train, tmp_path, arguments, message):
@@ -349,11 +355,10 @@ def test_the_average_is_timms_formula(train, tmp_path, monkeypatch):
         torch.testing.assert_close(saved[name], expected.contiguous(), atol=1e-6, rtol=1e-4)
 
 
-def test_layer_decay_lowers_the_rate_from_layer_to_layer_of_the_backbone_alone(train, image_folder):
+def test_layer_decay_lowers_the_rate_from_layer_to_layer_of_the_backbone_alone():
     recipe = Recipe(model="tasn", layer_decay=0.5, lr=1.0, model_kwargs=dict(backbone="test_resnet", sample_size=24))
     model = train_accelerate.build_model(recipe, classes=3)
-    loader = train_accelerate.build_loaders(recipe, load_splits(str(image_folder)), batch_size=16)["train"]
-    optimizer = train_accelerate.build_parts(recipe, model, loader, dict(mean=(0.5,) * 3, std=(0.5,) * 3)).optimizer
+    optimizer = train_accelerate.build_parts(recipe, model, 3, dict(mean=(0.5,) * 3, std=(0.5,) * 3)).optimizer
     scale = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
     of = {name: scale[id(parameter)] for name, parameter in model.named_parameters()}
     assert of["heads.shared.weight"] == of["attention_net.classifier.weight"] == 1
@@ -396,6 +401,112 @@ def test_the_objective_is_what_the_recipe_says():
 @pytest.mark.parametrize("resize", range(192, 400))
 def test_timm_resizes_to_the_short_side_of_the_recipe(resize):
     assert math.floor(192 / train_accelerate.crop_share(192, resize)) == resize
+
+
+def test_every_augmentation_trains(train, tmp_path):
+    arguments = "--epochs 1 --degrees 20 --color-jitter 0.4 --pca-noise 0.1 --reprob 0.5 --decoder simplejpeg".split()
+    code, _, err = train(*arguments, "--aa", "rand-m5-mstd0.5", "--resize", "36")
+    assert code == 0, err
+    assert math.isfinite(lines(tmp_path / "runs" / "small")[0]["train"]["loss"])
+
+
+@pytest.fixture
+def spoiled(tmp_path, image_folder) -> Path:
+    """`image_folder` with three training images that are none."""
+    folder = shutil.copytree(image_folder, tmp_path / "spoiled")
+    for name in ("red/3.png", "green/0.png", "blue/15.png"):
+        (folder / "train" / name).write_bytes(b"spoiled")
+    return folder
+
+
+def test_as_many_bad_images_as_allowed_are_replaced_and_logged(train, tmp_path, spoiled):
+    code, _, err = train("--data", str(spoiled), "--max-bad-images", "3")
+    assert code == 0, err
+    logged = [json.loads(line) for line in (tmp_path / "runs/small/bad_images.jsonl").read_text().splitlines()]
+    assert {Path(line["file"]).relative_to(spoiled / "train").as_posix() for line in logged} == {
+        *("red/3.png", "green/0.png", "blue/15.png")
+    }
+    assert len(logged) == 3 and all(line["split"] == "train" for line in logged)
+    assert [line["row"] for line in logged] == [int(line["image_id"]) for line in logged]
+    assert all(line["reason"].startswith("not an image") for line in logged)
+    assert err.count("unreadable image, another one is taken") == 3, "each once, in both epochs together"
+
+
+def test_the_replacement_does_not_depend_on_the_number_of_workers(train, tmp_path, spoiled):
+    for workers in ("0", "2"):
+        code, _, err = train("--data", str(spoiled), "--max-bad-images", "3", "--workers", workers, "--epochs", "1")
+        assert code == 0, err
+    first, second = (weights(tmp_path / "runs" / name) for name in ("small", "small-1"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("allowed", ["0", "2"])
+def test_more_bad_images_than_allowed_stop_the_run(train, spoiled, allowed):
+    code, _, err = train("--data", str(spoiled), "--max-bad-images", allowed)
+    assert code == 2
+    error = err.splitlines()[-1]
+    assert error.startswith("error: ") and "cannot be read" in error and "Traceback" not in err
+    assert ("more than --max-bad-images 2" in error) == (allowed == "2")
+
+
+def test_a_bad_image_always_stops_an_evaluation(train, tmp_path, image_folder):
+    folder = shutil.copytree(image_folder, tmp_path / "spoiled")
+    (folder / "validation/red/1.png").write_bytes(b"spoiled")
+    code, _, err = train("--data", str(folder), "--max-bad-images", "9")
+    assert code == 2 and "validation/red/1.png) cannot be read: not an image" in err
+
+
+def stream_folder(image_folder: Path, folder: Path, info: bool) -> Path:
+    """The images as parquet files, four of the training split."""
+    splits = load_splits(str(image_folder))
+    for name, split in splits.items():
+        shards = 4 if name == "train" else 1
+        for index in range(shards):
+            path = folder / "data" / f"{name}-{index:05}-of-{shards:05}.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            split.shard(shards, index, contiguous=False).to_parquet(path)
+    if info:
+        counts = "".join(f"  - name: {name}\n    num_examples: {len(split)}\n" for name, split in splits.items())
+        (folder / "README.md").write_text(f"---\ndataset_info:\n  splits:\n{counts}---\n")
+    return folder
+
+
+def test_a_stream_trains_and_is_evaluated_whole(train, tmp_path, image_folder, monkeypatch):
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    data = stream_folder(image_folder, tmp_path / "parquet", info=True)
+    code, _, err = train("--data", str(data), "--streaming", "--epochs", "3")
+    assert code == 0, err
+    *epochs, test = lines(tmp_path / "runs" / "small")
+    assert [line["validation"]["images"] for line in epochs] == [15, 15, 15] and test["test"]["images"] == 21
+    assert max(line["validation"]["top1"] for line in epochs) > 60
+    assert test["test"]["top1"] == pytest.approx(top1_of_folder(tmp_path / "runs/small/best", image_folder / "test"))
+
+
+def test_a_stream_of_unknown_length_is_refused(train, tmp_path, image_folder):
+    data = stream_folder(image_folder, tmp_path / "parquet", info=False)
+    code, _, err = train("--data", str(data), "--streaming")
+    assert code == 2 and "does not say how many images split 'train' has" in err
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_stream_and_count_bad_images_together(recipe, tmp_path, image_folder, spoiled):
+    data = stream_folder(image_folder, tmp_path / "parquet", info=True)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", str(SCRIPT)]
+    launch += ["--recipe", str(recipe), "--workers", "1"]
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        environment = os.environ | dict(OMP_NUM_THREADS="1")
+        return subprocess.run(
+            [*launch, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+
+    result = run("--data", str(data), "--streaming")
+    assert result.returncode == 0, result.stderr
+    assert all(line["validation"]["images"] == 15 for line in lines(tmp_path / "runs/small")[:-1])
+    result = run("--data", str(spoiled), "--max-bad-images", "3")
+    assert result.returncode == 0, result.stderr
+    result = run("--data", str(spoiled), "--max-bad-images", "2")
+    assert result.returncode != 0 and "3 images of split 'train' cannot be read" in result.stderr
 
 
 @pytest.mark.slow

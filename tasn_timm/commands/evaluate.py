@@ -1,16 +1,25 @@
 """Measure the accuracy of a trained model, or of several whose probabilities are averaged."""
 
+from __future__ import annotations
+
 import argparse
 import json
-import os
 from itertools import combinations, zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import timm
 import torch
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, unknown
+from ..files import write_whole
+
+if TYPE_CHECKING:
+    import datasets
+
+    from ..training.evaluation import Scores
 
 SUMMARY = "measure the accuracy of trained models"
 USAGE = """python -m tasn_timm evaluate MODEL [DATA] [options]
@@ -30,9 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="MODEL [DATA]",
         help="MODEL: a folder of training (runs/x or runs/x/best), local-dir:FOLDER, hf-hub:user/name or a timm name. "
-        "DATA: a built-in dataset, a folder, or a dataset id on the Hub (default: what the model was trained on)",
+        "DATA: a built-in dataset, a folder, a CSV file, or user/name[@revision] on the Hub (default: what the model "
+        "was trained on)",
     )
     add("--ensemble", nargs="+", metavar="MODEL", help="average the probabilities of these models")
+    add("--input-key", metavar="COLUMN", help="column of the images, or of their paths (default: found)")
+    add("--target-key", metavar="COLUMN", help="column of the classes (default: found)")
     add("--split", default="test", help="split to measure on (default: %(default)s)")
     add("--flip", action="store_true", help="average the probabilities of each image and its mirror image")
     add("--json", type=Path, metavar="FILE", help="write everything measured, also each class, to this file")
@@ -46,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
     from accelerate import Accelerator
 
     from ..data.loading import create_loader
-    from ..data.splits import class_names, load_splits, pick_split, super_classes
+    from ..data.splits import class_names, load_splits, pick_split, pinned, super_classes
     from ..hub import load_model
     from ..training.evaluation import Ensemble, evaluate
 
@@ -55,12 +67,14 @@ def run(options: argparse.Namespace) -> None:
     _check_options(options)
     accelerator = Accelerator(cpu=options.cpu)
     models = [load_model(source) for source in sources]
+    keys = dict(input_key=options.input_key, target_key=options.target_key)
     with accelerator.local_main_process_first():  # on each machine the first process fills the cache
-        splits = load_splits(data)
+        splits = load_splits(data, only=[options.split], **keys)
     split, names = pick_split(splits, options.split, "--split", data), class_names(splits)
-    for source, model in zip(sources, models):
-        check_classes(source, model, data, names)
+    labels = common_classes(sources, models, data, names)
     _check_different(sources, models)
+    if labels != names:
+        split = _relabel(split, names, labels)
     families = super_classes(split)
     ensemble = Ensemble(models, options.flip).to(accelerator.device).eval()
     loader = create_loader(split, ensemble.transform(), options.batch_size, workers=options.workers)
@@ -68,18 +82,30 @@ def run(options: argparse.Namespace) -> None:
     scores = evaluate(accelerator, ensemble, accelerator.prepare(loader))
     assert scores.images == len(split), f"{scores.images} of {len(split)} images counted"
 
-    classes = {
-        name: dict(correct=correct, images=images)
-        for name, correct, images in zip(names, scores.correct.tolist(), scores.counts.tolist())
-    }
-    result = dict(models=sources, data=data, split=options.split, flip=options.flip)
-    result |= dict(images=scores.images, top1=scores.top1, top5=scores.top5, classes=classes)
-    result["super_classes"] = families and by_super_class(classes, families)
+    result = dict(models=sources, data=pinned(data, splits), split=options.split, flip=options.flip)
+    result |= _summary(scores, names, labels, families)
     if accelerator.is_main_process:
         print(report(result))
         if options.json:
-            _write(options.json, json.dumps(result, indent=2) + "\n")
+            write_whole(options.json, json.dumps(result, indent=2) + "\n")
     accelerator.end_training()
+
+
+def _summary(scores: Scores, names: list[str], labels: list[str], families: dict[str, str] | None) -> dict:
+    """What was measured, for classes `names` of the data among `labels` of the models."""
+    classes = {
+        name: dict(correct=correct, images=images)
+        for name, correct, images in zip(labels, scores.correct.tolist(), scores.counts.tolist())
+        if name in set(names)
+    }
+    return dict(
+        matched_by_name=None if labels == names else dict(classes=len(names), of=len(labels)),
+        images=scores.images,
+        top1=scores.top1,
+        top5=scores.top5,
+        classes=classes,
+        super_classes=families and by_super_class(classes, families),
+    )
 
 
 def _models_and_data(options: argparse.Namespace) -> tuple[list[str], str]:
@@ -115,7 +141,7 @@ def _is_data(name: str) -> bool:
 
     folder = Path(name)
     is_model = (folder / "config.json").is_file() or (folder / "best").is_dir()
-    return name in BUILT_IN or (folder.is_dir() and not is_model and not timm.is_model(name))
+    return name in BUILT_IN or folder.is_file() or (folder.is_dir() and not is_model and not timm.is_model(name))
 
 
 def _check_options(options: argparse.Namespace) -> None:
@@ -124,7 +150,7 @@ def _check_options(options: argparse.Namespace) -> None:
     if options.workers < 0:
         raise UserError(f"--workers must be 0 or more, got {options.workers}.")
     if options.json:
-        _write(options.json, None)
+        write_whole(options.json, None)
 
 
 def _check_different(sources: list[str], models: list[nn.Module]) -> None:
@@ -138,29 +164,38 @@ def _check_different(sources: list[str], models: list[nn.Module]) -> None:
             )
 
 
-def _write(path: Path, text: str | None) -> None:
-    """Write a file so that it is there complete or not at all; without text, only check that it can be written.
+def common_classes(sources: list[str], models: list[nn.Module], data: str, names: list[str]) -> list[str]:
+    """Find the classes that models tell apart, and check that those of a dataset are among them.
+
+    Args:
+        sources: The models' names, for messages.
+        models: timm models.
+        data: The dataset's name, for messages.
+        names: Of the dataset's classes.
+
+    Returns:
+        Names in the order of the models' outputs: the dataset's own, or for models that know theirs, these, of which
+        the dataset may have a part, and in another order.
 
     Raises:
-        UserError: It cannot be written.
+        UserError: Models of other classes than each other's or than the dataset's, or of images that have not 3
+            channels.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(f"{str(path)!r} is a folder")
-        aside.write_text(text or "")
-        if text is None:
-            aside.unlink()
-        else:
-            aside.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"--json {str(path)!r} cannot be written ({error}): give a file in an existing folder."
-        ) from error
+    for source, model in zip(sources, models):
+        check_classes(source, model, data, names)
+    first, *others = [model.pretrained_cfg.get("label_names") or [] for model in models]
+    for source, labels in zip(sources[1:], others):
+        for number, (one, other) in enumerate(zip_longest(first, labels)):
+            if one != other:
+                raise UserError(
+                    f"class {number} of model {source!r} is {_quoted(other)}, but of model {sources[0]!r} it is "
+                    f"{_quoted(one)}: average models of the same classes in the same order."
+                )
+    return list(first) or names
 
 
 def check_classes(source: str, model: nn.Module, data: str, names: list[str]) -> None:
-    """Check that a model tells the classes of a dataset apart, in the same order.
+    """Check that a model knows the classes of a dataset.
 
     Args:
         source: The model's name, for the message.
@@ -169,24 +204,38 @@ def check_classes(source: str, model: nn.Module, data: str, names: list[str]) ->
         names: Of the dataset's classes.
 
     Raises:
-        UserError: Other classes, with the first difference; or a model of images that have not 3 channels.
+        UserError: Another number, or a class that the model does not know; or a model of images that have not 3
+            channels.
     """
     labels = model.pretrained_cfg.get("label_names")
-    if model.num_classes != len(names) and not labels:
+    if not labels and model.num_classes != len(names):
         raise UserError(
             f"model {source!r} has {model.num_classes} classes, but dataset {data!r} has {len(names)}: give a "
             f"model that was trained on it, or the data that it was trained on."
         )
-    for number, (label, name) in enumerate(zip_longest(labels or names, names)):
-        if label != name:
-            raise UserError(
-                f"class {number} of model {source!r} is {_quoted(label)}, but of dataset {data!r} it is "
-                f"{_quoted(name)}: give a model of these classes in this order, or the data that it was trained on."
-            )
+    if labels and not model.num_classes == len(labels) == len(set(labels)):
+        raise UserError(
+            f"model {source!r} has {model.num_classes} classes, but {len(set(labels))} names of classes: correct "
+            f"label_names in its config.json."
+        )
+    strange = sorted(set(names) - set(labels or names))
+    if strange:
+        raise UserError(
+            f"model {source!r} does not know {len(strange)} of the {len(names)} classes of dataset {data!r}: "
+            f"{unknown('class', strange[0], labels)}"
+        )
     if getattr(model, "in_chans", 3) != 3:
         raise UserError(
             f"model {source!r} takes {model.in_chans} channels, but images have 3 here: give another model."
         )
+
+
+def _relabel(split: datasets.Dataset, names: list[str], labels: list[str]) -> datasets.Dataset:
+    """Give the images of classes `names` the numbers that these have among `labels`."""
+    from ..data.splits import with_labels
+
+    number = np.array([labels.index(name) for name in names])
+    return with_labels(split, number[split.with_format("numpy")["label"][:]], labels)
 
 
 def _quoted(name: str | None) -> str:
@@ -217,6 +266,9 @@ def report(result: dict) -> str:
     top5 = "" if result["top5"] is None else f", top-5 {result['top5']:.2f} %"
     line = f"{models} on {result['data']}, split {result['split']}: {result['images']} images, "
     line += f"top-1 {result['top1']:.2f} %{top5}"
+    matched = result["matched_by_name"]
+    if matched:
+        line += f"\nclasses matched by name: {matched['classes']} of the model's {matched['of']}"
     families = result["super_classes"]
     if not families:
         return line

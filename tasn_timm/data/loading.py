@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ..errors import UserError
+from .decoding import UnreadableImage, decode
 from .transforms import Transform
 
 if TYPE_CHECKING:
@@ -34,10 +36,21 @@ def seed_torch(seed: int) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def decode(image: dict) -> Image.Image:
-    """Decode a `datasets` image given as bytes or path: EXIF orientation applied, RGB. The one rule for every use."""
-    with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
-        return ImageOps.exif_transpose(opened).convert("RGB")
+class BadImage(NamedTuple):
+    """An unreadable image, for which another one of its split was taken."""
+
+    row: int
+    image_id: str
+    file: str
+    reason: str
+
+
+class Batch(NamedTuple):
+    """What a loader yields: images as the transform gives them, each with a leading B, labels (B,), and bad images."""
+
+    images: list[Tensor]
+    labels: Tensor
+    bad: list[BadImage]
 
 
 class KeyedImages(Dataset):
@@ -47,32 +60,87 @@ class KeyedImages(Dataset):
     workers or processes nor on what was loaded before.
 
     Args:
-        split: Columns "image" and "label".
-        transform: RGB image -> tensor, with torch's randomness only.
+        split: Columns "image" and "label", and where the data has it "image_id".
+        transform: Picture -> tensors.
         seed: Of the run.
+        decoder: See `decode`.
+        min_side: See `decode`.
+        max_bad_images: Unreadable images for which others are taken, by (seed, epoch, index) too; 0: the first one is
+            an error.
     """
 
-    def __init__(self, split: datasets.Dataset, transform: Transform, seed: int = 0) -> None:
+    def __init__(
+        self,
+        split: datasets.Dataset,
+        transform: Transform,
+        seed: int = 0,
+        decoder: str = "pillow",
+        min_side: int | None = None,
+        max_bad_images: int = 0,
+    ) -> None:
         from datasets import Image as ImageFeature
 
         self.split = split.cast_column("image", ImageFeature(decode=False))
         self.transform = transform
         self.seed = seed
+        self.decoder = decoder
+        self.min_side = min_side
+        self.max_bad_images = max_bad_images
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[tuple[Tensor, ...], int, list[BadImage]]:
         epoch, index = key
-        row = self.split[index]
+        bad: list[BadImage] = []
+        row = index
+        while True:
+            example = self.split[row]
+            try:
+                image = decode(example["image"], self.decoder, self.min_side)
+                break
+            except UnreadableImage as error:
+                bad.append(bad_image(example, row, error))
+            if len(bad) > self.max_bad_images:
+                raise unreadable(bad[-1]) from None
+            row = keyed_seed(self.seed, epoch, index, "instead", len(bad)) % len(self)
+        with keyed_randomness(self.seed, epoch, index):
+            return self.transform(image), example["label"], bad
+
+
+@contextmanager
+def keyed_randomness(*key: int | str) -> Iterator[None]:
+    """Within, random numbers of torch, NumPy and Python (timm's RandAugment takes all) depend on the key alone."""
+    before = random.getstate(), np.random.get_state()
+    seed = keyed_seed(*key)
+    with torch.random.fork_rng(devices=[]):
+        seed_torch(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
         try:
-            image = decode(row["image"])
-        except OSError as error:
-            where = row["image"]["path"] or "stored in the dataset"
-            raise UserError(f"image {index} ({where}) cannot be read: {error}. Replace or remove it.") from error
-        with torch.random.fork_rng(devices=[]):
-            seed_torch(keyed_seed(self.seed, epoch, index))
-            return self.transform(image), row["label"]
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+
+
+def bad_image(example: dict, row: int, error: Exception) -> BadImage:
+    """Describe a row whose image cannot be decoded."""
+    return BadImage(row, str(example.get("image_id", row)), example["image"]["path"] or "in the dataset", str(error))
+
+
+def unreadable(bad: BadImage) -> UserError:
+    """The error for an image that cannot be read, for the caller to raise."""
+    return UserError(
+        f"image {bad.row} (id {bad.image_id}, {bad.file}) cannot be read: {bad.reason}. Replace or remove it, or train "
+        f"with --max-bad-images; python -m tasn_timm check-data lists all such images."
+    )
+
+
+def collate(samples: Sequence[tuple[tuple[Tensor, ...], int, list[BadImage]]]) -> Batch:
+    """Stack samples of `KeyedImages`."""
+    images, labels, bad = zip(*samples)
+    return Batch(default_collate(images), torch.tensor(labels), [image for images in bad for image in images])
 
 
 class KeyedSampler(Sampler):
@@ -89,21 +157,30 @@ class KeyedSampler(Sampler):
         self.kept = length - length % multiple
         self.seed = seed
         self.epoch = 0
+        self.begun = (0, 0)
 
     def set_epoch(self, epoch: int) -> None:
         """Take the order of this epoch; accelerate calls it."""
         self.epoch = epoch
 
+    def resume(self, epoch: int, images: int) -> None:
+        """Leave out the first images of an epoch, those that an interrupted run has already seen."""
+        self.begun = (epoch, images)
+
     def __len__(self) -> int:
-        return self.kept
+        return self.kept - self._start()
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         if self.seed is None:
             order = range(self.total)
         else:
             generator = torch.Generator().manual_seed(keyed_seed(self.seed, "order", self.epoch))
-            order = torch.randperm(self.total, generator=generator).tolist()
-        return ((self.epoch, index) for index in order[: self.kept])
+            order = torch.randperm(self.total, generator=generator).numpy()
+        return ((self.epoch, int(index)) for index in order[self._start() : self.kept])
+
+    def _start(self) -> int:
+        epoch, images = self.begun
+        return images if epoch == self.epoch else 0
 
 
 def create_loader(
@@ -114,20 +191,23 @@ def create_loader(
     seed: int | None = None,
     multiple: int = 1,
     workers: int = 0,
+    **reading: Any,
 ) -> DataLoader:
-    """Batches of (images (B, 3, H, W) uint8, labels (B,)).
+    """Load a split in batches.
 
     Args:
         split: Columns "image" and "label".
-        transform: RGB image -> (3, H, W).
+        transform: Picture -> tensors.
         batch_size: B.
         seed: For training: shuffled, and augmented by it. None for evaluation.
         multiple: See `KeyedSampler`.
         workers: Processes that load; 0 to load in this one.
+        **reading: Of `KeyedImages`: decoder, min_side, max_bad_images.
     """
     return DataLoader(
-        KeyedImages(split, transform, seed or 0),
+        KeyedImages(split, transform, seed or 0, **reading),
         batch_size=batch_size,
+        collate_fn=collate,
         sampler=KeyedSampler(len(split), seed, multiple),
         num_workers=workers,
         persistent_workers=workers > 0,

@@ -1,56 +1,84 @@
-"""Splits of a dataset by name: built in, a folder, or a dataset of the Hugging Face Hub, all through `datasets`."""
+"""Splits of a dataset by name, always with the same columns; names of classes and super-classes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from ..errors import UserError, unknown
-from . import synthbirds
+import numpy as np
+
+from ..errors import UserError
+from .columns import standard_columns, with_labels
+from .hub_source import commit_of
+from .sources import BUILT_IN, open_data, quiet
+from .split_names import find_split, wanted_splits
 
 if TYPE_CHECKING:
     import datasets
 
-BUILT_IN: dict[str, Callable[[], datasets.DatasetDict]] = {
-    "synthbirds": synthbirds.load,
-}
-# The paper's datasets (Table 1): have to be asked for, or are too large. Numbers are images to train on and to test.
-NOT_DOWNLOADED = {
-    "cub200": "CUB-200-2011: 200 classes, 5,994/5,794 images",
-    "cars196": "Stanford Cars: 196 classes, 8,144/8,041 images",
-    "inat2017": "iNaturalist 2017: 5,089 classes, 579,184/95,986 images",
-}
+    Splits = datasets.DatasetDict | datasets.IterableDatasetDict
+
+__all__ = ["BUILT_IN", "class_names", "load_splits", "pick_split", "pinned", "super_classes", "with_labels"]
 
 
-def load_splits(name: str) -> datasets.DatasetDict:
-    """Load all splits of a dataset, as columns "image", "label" and, where the data has it, "super".
+def load_splits(
+    name: str,
+    *,
+    input_key: str | None = None,
+    target_key: str | None = None,
+    only: Collection[str] | None = None,
+    streaming: bool = False,
+) -> Splits:
+    """Load the splits of a dataset, as columns "image", "label" and, where the data has them, "super" and "image_id".
+
+    Text becomes labels by the sorted texts of all splits loaded, whole numbers in the order of numbers.
 
     Args:
-        name: Key of `BUILT_IN`; a folder of parquet files or of one sub-folder of images per class; or "user/name" on
-            the Hub.
+        name: Key of `BUILT_IN`: for the datasets of the paper the folder data/NAME, which `prepare` writes. Or a folder
+            of parquet files, of sub-folders of images such as train/CLASS/x.jpg (without splits, CLASS/x.jpg, all is
+            "train"), of tables such as train.csv, or of whatever else `datasets` reads; a CSV file with columns of
+            paths and labels and maybe a column "split"; or a dataset of the Hub as "user/name" or
+            "user/name@revision", a branch, tag or commit.
+        input_key: Column of images, which may be text, the paths of files, or their bytes. None: the one of
+            `datasets.Image`; in tables the one with a usual name (`columns.PATHS`).
+        target_key: Column of labels, `datasets.ClassLabel` or text. None: the one of `ClassLabel`, or with a usual
+            name (`columns.LABELS`).
+        only: Splits that are needed, under any usual name. Of parquet files, here and on the Hub, no others are
+            downloaded or converted; `datasets` would do so with all of them. Of anything else they are left out.
+        streaming: Read images when they are needed, and convert nothing before; they come undecoded. Of text, labels
+            cannot be made then, except in tables.
 
     Returns:
-        Splits with the columns "image" (`datasets.Image`), "label" (`datasets.ClassLabel`) and, of data that has a
-        column of that name, "super" (`datasets.ClassLabel`; may be text): the super-class of each image's class
-        (Table 10).
+        Splits with the columns "image" (`datasets.Image`), "label" (`ClassLabel`) and, of data that has a column of
+        that name, "super" (`ClassLabel`; may be text): the super-class of each image's class (Table 10), and
+        "image_id" as it is; of paths in text it is the path as written. When streaming, `datasets.IterableDataset`s.
 
     Raises:
-        UserError: Nothing of that name, data without one image and, beside "super", one label column, or a "super"
-            that is neither text nor a label.
+        UserError: Nothing of that name, no access to it, no such split, or columns that are missing, not to be told
+            apart, or of a kind that images or labels cannot be made of.
     """
-    if name in BUILT_IN:
-        return BUILT_IN[name]()
-    if name in NOT_DOWNLOADED and not Path(name).is_dir():
-        raise UserError(
-            f"dataset {name!r} ({NOT_DOWNLOADED[name]}) is not downloaded by this package: get it from its authors and "
-            f"pass --data FOLDER (to evaluate: FOLDER) with parquet files, or with sub-folders train/ and test/ that "
-            f"have one sub-folder per class."
-        )
-    return _standard_columns(_load_folder_or_hub(name), name)
+    with quiet():
+        source = open_data(name, only=only, streaming=streaming)
+        splits = _only(source.splits, only, name)
+        splits = standard_columns(source._replace(splits=splits), name, input_key, target_key)
+        return _as_streams(splits) if streaming else splits
 
 
-def class_names(splits: datasets.DatasetDict) -> list[str]:
+def pinned(name: str, splits: Splits) -> str:
+    """Name that loads the same data again.
+
+    Args:
+        name: As in `load_splits`.
+        splits: What it returned.
+
+    Returns:
+        "user/name@commit", with all 40 digits, for data of the Hub; any other name as it is.
+    """
+    commit = commit_of(name, next(iter(splits.values())))
+    return f"{name.partition('@')[0]}@{commit}" if commit else name
+
+
+def class_names(splits: Splits) -> list[str]:
     """Names of the classes, in the order of their labels."""
     return next(iter(splits.values())).features["label"].names
 
@@ -70,35 +98,51 @@ def super_classes(split: datasets.Dataset) -> dict[str, str] | None:
     if "super" not in split.column_names:
         return None
     classes, supers = split.features["label"].names, split.features["super"].names
-    columns = split.with_format("numpy")
+    columns = split.select_columns(["super", "label"]).with_format("numpy")[:]
     found: dict[str, str] = {}
-    for above, label in sorted(set(zip(columns["super"][:].tolist(), columns["label"][:].tolist()))):
+    for above, label in np.unique(np.stack([columns["super"], columns["label"]], 1), axis=0).tolist():
         if not 0 <= above < len(supers):  # also where it is missing: NaN
             raise UserError(
-                f"column 'super' has {above} for class {classes[label]!r}: it must be 0 to {len(supers) - 1}."
+                f"column 'super' has {above} for class {classes[int(label)]!r}: it must be 0 to {len(supers) - 1}."
             )
-        if classes[label] in found:
+        name, family = classes[int(label)], supers[int(above)]
+        if name in found:
             raise UserError(
-                f"class {classes[label]!r} is in super-classes {found[classes[label]]!r} and {supers[above]!r}: a "
+                f"class {name!r} is in super-classes {found[name]!r} and {family!r}: a "
                 f"class belongs to exactly one; correct the column 'super' or leave it out."
             )
-        found[classes[label]] = supers[int(above)]
+        found[name] = family
     return found
 
 
-def pick_split(splits: datasets.DatasetDict, split: str, option: str, data: str) -> datasets.Dataset:
+def pick_split(splits: Splits, split: str, option: str, data: str) -> datasets.Dataset | datasets.IterableDataset:
     """Take one split; `option` is the recipe's or command's name for it, for the error message.
 
+    Args:
+        splits: From `load_splits`.
+        split: Its name, or where just one of these is there, another usual one: train, training; validation, val,
+            valid, dev; test, testing.
+        option: For the message.
+        data: The dataset's name, for the message.
+
     Raises:
-        UserError: There is no such split, it is empty, or a label is outside the range of the class names.
+        UserError: There is no such split; or of one that is not streamed, it is empty, or a label is outside the range
+            of the class names.
     """
-    if split not in splits:
+    found = find_split(splits, split)
+    if found is None:
         raise UserError(
             f"dataset {data!r} has no split {split!r}, only {', '.join(splits)}: set {option} to one of these"
             f"{', or to null' if option in ('val_split', 'test_split') else ''}."
         )
-    labels = splits[split].with_format("numpy")["label"][:]
-    classes = len(class_names(splits))
+    if hasattr(splits[found], "__len__"):
+        _check_labels(splits[found], split, option, data)
+    return splits[found]
+
+
+def _check_labels(rows: datasets.Dataset, split: str, option: str, data: str) -> None:
+    labels = rows.with_format("numpy")["label"][:]
+    classes = rows.features["label"].num_classes
     if len(labels) == 0:
         raise UserError(f"split {split!r} of dataset {data!r} is empty: set {option} to another split.")
     if not (labels.min() >= 0 and labels.max() < classes):  # also where a label is missing: NaN
@@ -106,60 +150,24 @@ def pick_split(splits: datasets.DatasetDict, split: str, option: str, data: str)
             f"split {split!r} of dataset {data!r} has labels from {labels.min()} to {labels.max()}, but names for "
             f"{classes} classes: labels must lie between 0 and {classes - 1}."
         )
-    return splits[split]
 
 
-def _load_folder_or_hub(name: str) -> datasets.DatasetDict:
-    from datasets import DatasetDict, load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-
-    looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "~", "/"))
-    path = Path(name).expanduser()
-    if not path.is_dir() and not looks_like_hub_id:
-        if "/" not in name:
-            raise unknown("dataset", name, BUILT_IN)
-        raise UserError(f"data folder {name!r} does not exist: give the folder with the splits, or {_choices()}.")
-    try:
-        splits = load_dataset(str(path) if path.is_dir() else name)
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"no dataset {name!r}, neither as a folder nor on the Hub ({reason}): give {_choices()}."
-        ) from error
-    assert isinstance(splits, DatasetDict)
-    return splits
-
-
-def _choices() -> str:
-    return f"a folder, an id on the Hub, or one of {', '.join(BUILT_IN)}"
-
-
-def _standard_columns(splits: datasets.DatasetDict, name: str) -> datasets.DatasetDict:
-    from datasets import ClassLabel, Image
-
-    features = next(iter(splits.values())).features
-    columns = {}
-    for column, kind in (("image", Image), ("label", ClassLabel)):
-        found = [key for key, feature in features.items() if isinstance(feature, kind) and key != "super"]
-        if len(found) != 1:
-            listing = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in features.items())
-            beside = ", besides 'super'" if "super" in features else ""
-            raise UserError(f"dataset {name!r} needs exactly one {kind.__name__} column{beside}, but has {listing}.")
-        columns[found[0]] = column
-    if "super" in features:
-        columns["super"] = "super"
-        splits = _label_column(splits, "super", name)
-    return splits.select_columns(list(columns)).rename_columns({k: v for k, v in columns.items() if k != v})
-
-
-def _label_column(splits: datasets.DatasetDict, column: str, name: str) -> datasets.DatasetDict:
-    """Make labels of a column of text, the same in all splits."""
-    from datasets import ClassLabel, Value
-
-    feature = next(iter(splits.values())).features[column]
-    if isinstance(feature, ClassLabel):
+def _only(splits: Splits, only: Collection[str] | None, name: str) -> Splits:
+    if only is None:
         return splits
-    if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string")):
-        raise UserError(f"column {column!r} of dataset {name!r} must be text or a ClassLabel, but is {feature}.")
-    texts = sorted({text for split in splits.values() for text in split.unique(column) if text is not None})
-    return splits.cast_column(column, ClassLabel(names=texts))
+    wanted = wanted_splits(splits, only, name)
+    return type(splits)({split: splits[split] for split in wanted})
+
+
+def _as_streams(splits: Splits) -> datasets.IterableDatasetDict:
+    """What came whole, as streams that know their numbers of images."""
+    from datasets import IterableDatasetDict
+    from datasets.splits import SplitDict, SplitInfo
+
+    if not hasattr(splits, "num_rows"):
+        return splits
+    counts = SplitDict({split: SplitInfo(split, num_examples=len(rows)) for split, rows in splits.items()})
+    streams = {split: rows.to_iterable_dataset(max(1, min(64, len(rows)))) for split, rows in splits.items()}
+    for stream in streams.values():
+        stream.info.splits = counts
+    return IterableDatasetDict(streams)

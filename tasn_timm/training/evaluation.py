@@ -61,7 +61,7 @@ def evaluate(accelerator: Accelerator, predict: Callable[..., Tensor], loader: D
     """
     hidden = not (accelerator.is_main_process and sys.stderr.isatty())
     correct = counts = in_top5 = 0
-    for images, labels in tqdm(
+    for images, labels, _ in tqdm(
         loader, desc="evaluation", unit="batch", disable=hidden, leave=False, dynamic_ncols=True
     ):
         scores = predict(images)  # (B, K)
@@ -106,7 +106,7 @@ class Ensemble(nn.Module):
             UserError: A model's output is not finite.
         """
         members = zip(self.models, self.normalize, self.view_of)
-        each = torch.stack([self._member(model, normalize(images[view])) for model, normalize, view in members])
+        each = torch.stack([self._member(model, normalize([images[view]])) for model, normalize, view in members])
         if not each.isfinite().all():
             number = int((~each.isfinite()).any(-1).any(-1).nonzero()[0])
             raise UserError(f"the output of model {number + 1} of {len(each)} is not finite: its weights are spoiled.")

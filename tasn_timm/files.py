@@ -1,0 +1,34 @@
+"""Files that are there complete or not at all."""
+
+import contextlib
+import os
+from pathlib import Path
+
+from .errors import UserError
+
+
+def write_whole(path: Path, text: str | None, option: str = "--json") -> None:
+    """Write a file so that it is there complete or not at all.
+
+    Args:
+        path: Of the file; replaced where there is one.
+        text: What to write; None to only check that it can be written, before the work.
+        option: What the user gave the path with, for the error message.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"{str(path)!r} is a folder")
+        aside.write_text(text or "", encoding="utf-8")
+        if text is not None:
+            aside.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"{option} {str(path)!r} cannot be written ({error}): give a file in an existing folder."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # it was moved, or never there
+            aside.unlink()

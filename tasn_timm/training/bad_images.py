@@ -1,0 +1,64 @@
+"""Unreadable images of a training run: logged, counted, and too many of them stop it."""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from ..data.loading import BadImage
+from ..errors import UserError
+
+
+class BadImages:
+    """The distinct unreadable images that a run has met.
+
+    Args:
+        limit: How many are allowed.
+        split: Name of the training split, for the log.
+        file: Where each process adds a line for each that it meets for the first time.
+        accelerator: Of the run.
+    """
+
+    def __init__(self, limit: int, split: str, file: Path, accelerator: Accelerator) -> None:
+        self.limit = limit
+        self.split = split
+        self.file = file
+        self.accelerator = accelerator
+        self.found: dict[tuple[int, str], BadImage] = {}
+
+    def add(self, images: Iterable[BadImage]) -> None:
+        """Log those that are new.
+
+        Raises:
+            UserError: This process alone has met more than allowed.
+        """
+        for image in images:
+            key = (image.row, image.image_id)
+            if key in self.found:
+                continue
+            self.found[key] = image
+            line = dict(split=self.split) | image._asdict()
+            print(f"unreadable image, another one is taken: {json.dumps(line)}", file=sys.stderr, flush=True)
+            with self.file.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        self._check()
+
+    def end_epoch(self) -> None:
+        """Count what all processes have met.
+
+        Raises:
+            UserError: More than allowed; on all of them.
+        """
+        if self.limit and self.accelerator.num_processes > 1:
+            self.found = dict(gather_object(list(self.found.items())))
+        self._check()
+
+    def _check(self) -> None:
+        if len(self.found) > self.limit:
+            raise UserError(
+                f"{len(self.found)} images of split {self.split!r} cannot be read, more than --max-bad-images "
+                f"{self.limit}; they are listed in {str(self.file)!r}. Replace or remove them."
+            )
