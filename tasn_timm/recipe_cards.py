@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from .recipe import RECIPES, PaperRow, Recipe, load_recipe, read_recipe_file
+from .recipe import RECIPES, PaperRow, read_recipe_file
 
 TITLES = {
     2: "Table 2. Attention maps: part net alone, CUB-200-2011",
@@ -25,13 +25,10 @@ class RecipeCard(NamedTuple):
     about: str
     paper: list[PaperRow]
     measured: float | str | None
-    data: str
 
     def commands(self, row: PaperRow) -> list[str]:
         """Command lines that train the recipe and test it as a row of the paper says."""
         train = f"accelerate launch train_accelerate.py --recipe {self.name}"
-        if self.data != Recipe.data:  # which is drawn by the package
-            train += " --data DIR"
         evaluate, flip = "python -m tasn_timm evaluate", " --flip" * row.flip
         if row.ensemble > 1:  # each seed in a folder of its own, whatever was trained before
             folders = [f"runs/seed{seed}" for seed in range(row.ensemble)]
@@ -47,7 +44,7 @@ def recipe_cards() -> list[RecipeCard]:
     for path in sorted(RECIPES.glob("*.yaml")):
         file = read_recipe_file(path)
         about = path.read_text().splitlines()[0].removeprefix("#").strip()
-        cards.append(RecipeCard(path.stem, about, file.paper, file.measured, load_recipe(path.stem).data))
+        cards.append(RecipeCard(path.stem, about, file.paper, file.measured))
     return cards
 
 

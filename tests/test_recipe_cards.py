@@ -4,6 +4,8 @@ import re
 
 import pytest
 
+from tasn_timm.data.prepare import PREPARED
+from tasn_timm.data.splits import BUILT_IN
 from tasn_timm.recipe import PaperRow, parse_args
 from tasn_timm.recipe_cards import TITLES, RecipeCard, recipe_cards, recipes_table
 
@@ -126,12 +128,14 @@ def test_a_card_says_what_its_recipe_is_and_its_command_loads_it(card):
     (command,) = card.commands(PaperRow(4, "one model"))
     name, recipe = parse_args(command.removeprefix("accelerate launch train_accelerate.py ").split())
     assert name == card.name
-    assert recipe.data == ("DIR" if recipe.num_classes else "synthbirds")
+    assert recipe.data in BUILT_IN
+    if recipe.data in PREPARED:
+        assert recipe.num_classes == PREPARED[recipe.data].classes and recipe.val_split is None
 
 
 def test_commands_of_rows_that_take_an_evaluation():
-    card = RecipeCard("mine", "Mine.", [], None, data="cub200")
-    train = "accelerate launch train_accelerate.py --recipe mine --data DIR"
+    card = RecipeCard("mine", "Mine.", [], None)
+    train = "accelerate launch train_accelerate.py --recipe mine"
     assert card.commands(PaperRow(7, "row", flip=True)) == [train, "python -m tasn_timm evaluate runs/mine --flip"]
     assert card.commands(PaperRow(10, "row", super_classes=True)) == [
         train,
@@ -153,8 +157,8 @@ def test_the_table_is_in_the_papers_order_with_commands():
         PaperRow(3, "one", 85),
     ]
     cards = [
-        RecipeCard("mine", "Mine.", rows, 84.04, data="cub200"),
-        RecipeCard("synthetic", "Drawn.", [], "about 90", data="synthbirds"),
+        RecipeCard("mine", "Mine.", rows, 84.04),
+        RecipeCard("synthetic", "Drawn.", [], "about 90"),
     ]
     train = "    accelerate launch train_accelerate.py --recipe"
     assert recipes_table(cards).splitlines() == [
@@ -162,23 +166,23 @@ def test_the_table_is_in_the_papers_order_with_commands():
         "-" * len(TITLES[3]),
         "paper  measured  recipe",
         " 85.0      84.0  mine       one",
-        f"{train} mine --data DIR",
+        f"{train} mine",
         " 87.0         -  mine       two",
-        f"{train} mine --data DIR --seed 0 --output runs/seed0",
-        f"{train} mine --data DIR --seed 1 --output runs/seed1",
+        f"{train} mine --seed 0 --output runs/seed0",
+        f"{train} mine --seed 1 --output runs/seed1",
         "    python -m tasn_timm evaluate --ensemble runs/seed0/mine runs/seed1/mine",
         "",
         TITLES[10],
         "-" * len(TITLES[10]),
         "paper  measured  recipe",
         " 68.2      84.0  mine       all",
-        f"{train} mine --data DIR",
+        f"{train} mine",
         "",
         "Section 4.2",
         "-----------",
         "paper  measured  recipe",
         "    -      84.0  mine       text",
-        f"{train} mine --data DIR",
+        f"{train} mine",
         "",
         "Not in the paper",
         "----------------",
