@@ -74,6 +74,7 @@ def check_compiled(backend):
     return steps
 
 
+@pytest.mark.slow
 def test_evaluation_and_training_step_compile_to_one_graph_for_any_batch(fresh_dynamo):
     steps = check_compiled("aot_eager")
     for compiled, eager in (steps[:2], steps[2:]):

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from ..data.decoding import check_decoder
 from ..data.loading import create_loader
+from ..data.split_names import find_split
 from ..data.splits import load_splits, pick_split, pinned
 from ..data.streaming import StreamedImages, create_stream_loader
 from ..data.transforms import eval_transform, train_transform
@@ -121,8 +122,8 @@ def _count(recipe: Recipe, split: datasets.Dataset | datasets.IterableDataset) -
     if not recipe.streaming:
         return len(split)
     known: Mapping = split.info.splits or {}
-    name = str(split.split)  # "training", say, where the recipe has "train"
-    if name not in known or not known[name].num_examples:
+    name = find_split(known, recipe.train_split)
+    if name is None or not known[name].num_examples:
         raise UserError(
             f"dataset {recipe.data!r} does not say how many images split {recipe.train_split!r} has, which the "
             f"schedule needs: add dataset_info to its README.md, as python -m tasn_timm prepare and datasets' "
