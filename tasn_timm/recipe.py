@@ -150,6 +150,11 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise UserError(f"recipe: {name} must be between 0 and 1, got {value}.")
+        if self.crop_padding >= (self.resize or self.img_size):
+            raise UserError(
+                f"recipe: crop_padding ({self.crop_padding}) mirrors the picture, so it must be less than its short "
+                f"side ({self.resize or self.img_size})."
+            )
         for name in ("layer_decay", "model_ema_decay"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:

@@ -224,6 +224,26 @@ def test_bad_images_are_replaced_by_the_same_others_and_reported(workers):
     assert other[0].tolist() != values.tolist()
 
 
+def test_one_bad_image_is_one_however_often_the_draw_falls_on_it():
+    images = KeyedImages(spoiled_split(3).select(range(2, 5)), eval_transform(24), max_bad_images=1)
+    for epoch in range(40):
+        (pixels,), label, (bad,) = images[epoch, 1]
+        assert bad.row == 1 and int(pixels[0, 0, 0]) in (2, 4) and label == int(pixels[0, 0, 0]) % 3
+
+
+def test_a_split_without_a_good_image_is_an_error():
+    images = KeyedImages(spoiled_split(3).select([3]), eval_transform(24), max_bad_images=9)
+    with pytest.raises(ValueError, match="cannot be read"):
+        images[0, 0]
+
+
+def test_a_row_without_a_picture_is_a_bad_image():
+    rows = dict(image=[None, *undecoded()[1:3]], label=[0, 1, 2])
+    split = Dataset.from_dict(rows, features=Features(image=Image(), label=ClassLabel(names=["a", "b", "c"])))
+    (_, _, (bad,)) = KeyedImages(split, eval_transform(24), max_bad_images=1)[0, 0]
+    assert (bad.row, bad.file, bad.reason) == (0, "in the dataset", "the row has no picture")
+
+
 @pytest.mark.parametrize("allowed", [0, 1])
 def test_more_bad_images_than_allowed_are_an_error(allowed):
     images = KeyedImages(spoiled_split(*range(20)), eval_transform(24), max_bad_images=allowed)

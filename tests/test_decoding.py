@@ -362,3 +362,12 @@ def test_decoders_are_checked_by_name_and_package(monkeypatch):
 def test_an_installed_decoder_passes():
     pytest.importorskip("simplejpeg")
     check_decoder("simplejpeg")
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_picture_that_is_a_program_is_not_run(decoder, monkeypatch):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **kwargs: 1 / 0)
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "EPS")
+    with pytest.raises(UnreadableImage, match="not an image, or of a format"):
+        decode(dict(bytes=file.getvalue(), path=None), decoder)

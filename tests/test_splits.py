@@ -250,7 +250,9 @@ def test_folders_of_images_with_and_without_splits(tmp_path):
     one = load_splits(str(photos(tmp_path / "one", "test/owl/1.png")))
     assert (list(one), class_names(one)) == (["test"], ["owl"])
     deep = photos(tmp_path / "deep", "train/a/1.png", "train/a/deep/2.png")
-    assert "Invalid string class label deep" in refused(str(deep))
+    assert "train/a' has images in folders of its own" in refused(str(deep))
+    empty = photos(tmp_path / "empty", "train/a/1.png", "train/z/notes.txt")
+    assert "train/z' has no images: remove it" in refused(str(empty))
 
 
 def test_folders_of_parquet_with_a_readme_and_of_save_to_disk(tmp_path):
@@ -339,7 +341,7 @@ def test_tables_that_are_not_understood(tmp_path, rows, message):
     ("name", "message"),
     [
         ("nowhere.csv", "table 'nowhere.csv' cannot be read"),
-        ("x.png", "table 'x.png' cannot be read"),
+        ("x.png", "'x.png' is neither a folder nor a .csv file"),
         ("empty", "data folder"),
         ("broken", "broken' cannot be read ("),
         (

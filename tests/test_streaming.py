@@ -130,6 +130,16 @@ def test_bad_images_give_way_to_the_next(tmp_path):
         list(create_stream_loader(share(folder)))
 
 
+def test_a_bad_image_of_a_stream_is_the_same_one_in_every_epoch(tmp_path):
+    folder = write_shards(tmp_path / "shards", spoiled=(3,))
+    found = set()
+    for epoch in range(3):
+        dataset = share(folder, max_bad_images=1)
+        dataset.set_epoch(epoch)
+        found |= {image for batch in create_stream_loader(dataset, workers=2) for image in batch.bad}
+    assert [(image.row, image.image_id) for image in found] == [(None, "id3")]
+
+
 def test_labels_out_of_range_are_an_error(tmp_path):
     folder = write_shards(tmp_path / "shards", label_of=lambda value: 3 if value == 7 else 0)
     with pytest.raises(ValueError, match="a label is 3, but there are names for 3 classes"):

@@ -235,6 +235,7 @@ def test_training_goes_on_from_a_folder(train, tmp_path):
         (["--sched", "cosin"], "did you mean 'cosine'"),
         (["--decoder", "pilow"], "unknown decoder 'pilow': did you mean 'pillow'"),
         (["--aa", "augmix-m3"], "aa must be timm's RandAugment"),
+        (["--crop-padding", "32"], "crop_padding (32) mirrors the picture"),
         (["--max-bad-images", "-1"], "max_bad_images must be 0 or more"),
         (["--reprob", "2"], "reprob must be between 0 and 1"),
         (["--input-key", "photo"], "--input-key 'photo' is not a column"),

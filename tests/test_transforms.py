@@ -174,7 +174,9 @@ def test_randaugment_is_timms():
         assert torch.equal(pixels, V.pil_to_tensor(expected))
 
 
-@pytest.mark.parametrize("aa", ["augmix-m3", "rand-q9", "m9"])
+@pytest.mark.parametrize(
+    "aa", ["augmix-m3", "rand-q9", "m9", "rand", "rand-mx", "rand-m9-mstdx", "rand-m99-inc1", "rand-m9-n0", "rand-n2"]
+)
 def test_what_is_not_randaugment_is_refused(aa):
     with pytest.raises(ValueError, match="aa"):
         train_transform(40, aa=aa)

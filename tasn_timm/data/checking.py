@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..errors import UserError
-from .decoding import ORIENTATION, UnreadableImage, decode, read
+from .decoding import ORIENTATION, UnreadableImage, decode, open_picture, read
 from .splits import class_names
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ def examine(image: dict | None) -> tuple:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about oddities that it can cope with
         width, height = decode(dict(bytes=data, path=None)).size
-        with Image.open(io.BytesIO(data)) as opened:
+        with open_picture(data) as opened:
             traits = sum(holds(opened) << bit for bit, holds in enumerate(TRAITS.values()))
             digest = np.frombuffer(blake2b(data, digest_size=16).digest(), np.uint64)
             return digest, width, height, traits, opened.format.encode()

@@ -12,6 +12,11 @@ from PIL import Image
 from ..errors import UserError, unknown
 
 MAX_ASPECT = 50  # long side over short side; resized by its short side, a longer strip would not fit into memory
+# Pillow knows more, of which EPS would be handed to another program to run.
+FORMATS = (
+    *("JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "JPEG2000"),
+    *("PPM", "TGA", "PCX", "ICO", "SGI", "XBM"),
+)
 ORIENTATION = 0x0112  # EXIF tag
 
 
@@ -40,13 +45,19 @@ def decode(image: dict | None, decoder: str = "pillow", min_side: int | None = N
     """
     try:
         data = read(image)
-        with Image.open(io.BytesIO(data)) as opened:
+        with open_picture(data) as opened:
             _check_shape(opened)
             return DECODERS[decoder](opened, data, min_side)
     except (UnreadableImage, MemoryError):
         raise
     except Exception as error:  # decoders raise anything on damaged bytes: OSError, SyntaxError, struct.error, ...
         raise UnreadableImage(_reason(error)) from error
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """Read what a picture's file says of it, not yet the pixels; only of the formats in `FORMATS`."""
+    Image.init()  # or OPEN has the usual ones only
+    return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
 
 
 def read(image: dict | None) -> bytes:

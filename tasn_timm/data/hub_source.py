@@ -57,6 +57,20 @@ def load_from_hub(name: str, *, only: Collection[str] | None = None, streaming: 
     return splits
 
 
+def check_streams(builder: datasets.DatasetBuilder, data: str) -> None:
+    """Check that a dataset is of the one kind of files that streams hand over undecoded.
+
+    Args:
+        builder: Of the dataset.
+        data: Its name, for the message.
+
+    Raises:
+        UserError: It is not of parquet files.
+    """
+    if builder.name != "parquet":
+        raise UserError(f"dataset {data!r} is of kind {builder.name}, and parquet is streamed: leave out --streaming.")
+
+
 def commit_of(name: str, split: datasets.Dataset | datasets.IterableDataset) -> str | None:
     """Commit of the Hub that a split of `load_from_hub` was loaded from; None for others."""
     start = f"hf://datasets/{name.partition('@')[0]}@"
@@ -88,6 +102,7 @@ def _fetch(repo: str, commit: str, only: Collection[str] | None, streaming: bool
     with _telling(repo):
         builder = load_dataset_builder(repo, revision=commit)
         if streaming:
+            check_streams(builder, repo)
             return builder.as_streaming_dataset()
         if only is None or builder.name != "parquet":
             return load_dataset(repo, revision=commit)
@@ -141,6 +156,8 @@ def _problem(repo: str, error: Exception) -> UserError | Unreachable:
         problem = f"is neither a folder here nor on the Hub, or it is private: check the name, or {LOG_IN}."
     elif any("Dataset scripts are no longer supported" in str(cause) for cause in _causes(error)):
         problem = "is a script, which datasets no longer runs: use a dataset of parquet files or images."
+    elif "Config name is missing" in reason:
+        problem = "has several configurations, of which none can be chosen here: use a dataset with one."
     elif caused(EmptyDatasetError, DataFilesNotFoundError):
         problem = "has no files that datasets reads: use a dataset of parquet files or images."
     else:

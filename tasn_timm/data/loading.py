@@ -39,7 +39,7 @@ def seed_torch(seed: int) -> None:
 class BadImage(NamedTuple):
     """An unreadable image, for which another one of its split was taken."""
 
-    row: int
+    row: int | None  # None in a stream, whose rows have no numbers
     image_id: str
     file: str
     reason: str
@@ -100,10 +100,12 @@ class KeyedImages(Dataset):
                 image = decode(example["image"], self.decoder, self.min_side)
                 break
             except UnreadableImage as error:
-                bad.append(bad_image(example, row, error))
-            if len(bad) > self.max_bad_images:
+                bad.append(bad_image(example, row, str(row), error))
+            if len(bad) > self.max_bad_images or len(bad) == len(self):
                 raise unreadable(bad[-1]) from None
             row = keyed_seed(self.seed, epoch, index, "instead", len(bad)) % len(self)
+            while any(row == image.row for image in bad):
+                row = (row + 1) % len(self)
         with keyed_randomness(self.seed, epoch, index):
             return self.transform(image), example["label"], bad
 
@@ -124,16 +126,18 @@ def keyed_randomness(*key: int | str) -> Iterator[None]:
             np.random.set_state(before[1])
 
 
-def bad_image(example: dict, row: int, error: Exception) -> BadImage:
-    """Describe a row whose image cannot be decoded."""
-    return BadImage(row, str(example.get("image_id", row)), example["image"]["path"] or "in the dataset", str(error))
+def bad_image(example: dict, row: int | None, image_id: str, error: Exception) -> BadImage:
+    """Describe a row whose image cannot be decoded; `image_id` is for data that has none of its own."""
+    path = (example["image"] or {}).get("path")
+    return BadImage(row, str(example.get("image_id", image_id)), path or "in the dataset", str(error))
 
 
 def unreadable(bad: BadImage) -> UserError:
     """The error for an image that cannot be read, for the caller to raise."""
     return UserError(
-        f"image {bad.row} (id {bad.image_id}, {bad.file}) cannot be read: {bad.reason}. Replace or remove it, or train "
-        f"with --max-bad-images; python -m tasn_timm check-data lists all such images."
+        f"image {'of a stream' if bad.row is None else bad.row} (id {bad.image_id}, {bad.file}) cannot be read: "
+        f"{bad.reason}. Replace or remove it, or allow more --max-bad-images in training; python -m tasn_timm "
+        f"check-data lists all such images."
     )
 
 

@@ -6,12 +6,13 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from glob import escape
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import UserError, unknown
 from . import synthbirds
-from .hub_source import HUB_ID, load_from_hub
+from .hub_source import HUB_ID, check_streams, load_from_hub
 from .prepare import PREPARED
 from .split_names import USUAL, load_each
 
@@ -75,7 +76,9 @@ def open_data(name: str, *, only: Collection[str] | None = None, streaming: bool
         return BUILT_IN[name](name, **options)
     if path.is_dir():
         return _load_folder(path, **options)
-    if path.is_file() or path.suffix.lower() == ".csv":
+    if path.is_file() and path.suffix.lower() != ".csv":
+        raise UserError(f"{name!r} is neither a folder nor a .csv file: give the folder that it is in, or a table.")
+    if path.suffix.lower() == ".csv":
         return _load_tables([path])
     if HUB_ID.fullmatch(name):
         return Source(load_from_hub(name, **options))
@@ -138,6 +141,7 @@ def _load_files(folder: Path, only: Collection[str] | None, streaming: bool) -> 
 
     builder = load_dataset_builder(str(folder))
     if streaming:
+        check_streams(builder, str(folder))
         return builder.as_streaming_dataset()
     if only is None or builder.name != "parquet":
         return load_dataset(str(folder))
@@ -177,6 +181,11 @@ def _load_images(folders: dict[str, Path]) -> datasets.DatasetDict:
     from datasets import ClassLabel, Features, Image, load_dataset
 
     names = sorted(set().union(*map(_classes, folders.values())))
+    for path in chain.from_iterable(map(_folders, folders.values())):
+        if path.name not in names:
+            raise UserError(f"class folder {str(path)!r} has no images: remove it, or put some into it.")
+        if _classes(path):
+            raise UserError(f"class folder {str(path)!r} has images in folders of its own: put them into it directly.")
     features = Features(image=Image(), label=ClassLabel(names=names))
     files = {split: f"{escape(str(folder))}/*/**" for split, folder in folders.items()}
     return load_dataset("imagefolder", data_files=files, features=features, drop_labels=False)

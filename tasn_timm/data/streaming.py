@@ -27,8 +27,10 @@ class StreamedImages(IterableDataset):
 
     What it cannot promise, unlike `KeyedImages`:
 
-    - The order depends on the numbers of processes and workers, and is only mixed within shards and a buffer of
+    - The order depends on the numbers of processes and workers, and is only mixed within a few shards and a buffer of
       `BUFFER` images.
+    - Where the number of shards is not a multiple of that of the processes, each process reads all shards and leaves
+      out the others' images.
     - In an epoch an image may come twice and another one not at all, since shards differ in size: each process takes
       its share of the split's number of images, over its own shards again where these have fewer.
     - An interrupted epoch cannot be resumed where it stopped.
@@ -87,18 +89,19 @@ class StreamedImages(IterableDataset):
         left = self._share()
         if left == 0:
             return
-        for example, row in self._examples():
+        for example in self._examples():
             try:
                 image = decode(example["image"], self.decoder, self.min_side)
             except UnreadableImage as error:
-                bad.append(bad_image(example, row, error))
+                bad.append(bad_image(example, None, _digest(example["image"]), error))
                 if len(bad) > self.max_bad_images:
                     raise unreadable(bad[-1]) from None
                 continue
-            if not 0 <= example["label"] < self.classes:
-                raise UserError(f"a label is {example['label']}, but there are names for {self.classes} classes.")
+            label = example["label"]
+            if label is None or not 0 <= label < self.classes:
+                raise UserError(f"a label is {label}, but there are names for {self.classes} classes.")
             with keyed_randomness(self.seed, self.epoch, _digest(example["image"])):
-                yield self.transform(image), example["label"], bad
+                yield self.transform(image), label, bad
             bad = []
             left -= 1
             if left == 0:  # before the buffer is filled again
@@ -112,25 +115,26 @@ class StreamedImages(IterableDataset):
         batches = self.images // self.batch_size
         return self.batch_size * (batches // worker.num_workers + (worker.id < batches % worker.num_workers))
 
-    def _examples(self) -> Iterator[tuple[dict, int]]:
-        """Shuffled, over and over; and how many came before."""
+    def _examples(self) -> Iterator[dict]:
+        """Shuffled, over and over."""
         stream = self.split.shuffle(seed=keyed_seed(self.seed, "order", self.epoch) % 2**32, buffer_size=BUFFER)
-        row = 0
+        images = 0
         for turn in count():
             stream.set_epoch(turn)
             try:
                 for example in stream:
-                    yield example, row
-                    row += 1
+                    yield example
+                    images += 1
             except (ValueError, OSError) as error:  # a label out of range, a damaged file, no network
                 reason = " ".join(str(error).split())
-                raise UserError(f"the stream cannot be read on after {row} images: {reason}.") from error
-            if row == 0:
+                raise UserError(f"the stream cannot be read on after {images} images: {reason}.") from error
+            if images == 0:
                 raise UserError("a worker got no image of the stream: use fewer --workers, or data in more shards.")
 
 
-def _digest(image: dict) -> str:
-    return blake2b(image["bytes"] or image["path"].encode(), digest_size=8).hexdigest()
+def _digest(image: dict | None) -> str:
+    image = image or {}
+    return blake2b(image.get("bytes") or str(image.get("path")).encode(), digest_size=8).hexdigest()
 
 
 def create_stream_loader(dataset: StreamedImages, workers: int = 0) -> DataLoader:

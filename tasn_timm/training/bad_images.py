@@ -27,7 +27,7 @@ class BadImages:
         self.split = split
         self.file = file
         self.accelerator = accelerator
-        self.found: dict[tuple[int, str], BadImage] = {}
+        self.found: dict[tuple[str, str], BadImage] = {}
 
     def add(self, images: Iterable[BadImage]) -> None:
         """Log those that are new.
@@ -36,7 +36,7 @@ class BadImages:
             UserError: This process alone has met more than allowed.
         """
         for image in images:
-            key = (image.row, image.image_id)
+            key = (image.image_id, image.file)
             if key in self.found:
                 continue
             self.found[key] = image
