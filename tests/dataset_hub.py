@@ -1,5 +1,6 @@
 """A Hub of datasets on this machine, for the real clients: what `datasets` and `huggingface_hub` ask for, in memory."""
 
+import base64
 import hashlib
 import json
 import socket
@@ -136,6 +137,47 @@ class DatasetHub:
         request.end_headers()
         if request.command != "HEAD":
             request.wfile.write(body)
+
+
+class WritableHub(DatasetHub):
+    """A Hub to which one user, "me", can upload; small files only, which travel in the commit itself."""
+
+    def answer(self, request: BaseHTTPRequestHandler, body: bytes) -> None:
+        path = unquote(urlsplit(request.path).path).strip("/")
+        parts = path.split("/")
+        if path == "api/whoami-v2":
+            user = dict(type="user", name="me", orgs=[], auth=dict(accessToken=dict(role="write")))
+            return self._send(request, 200, user)
+        if path == "api/repos/create":
+            wanted = json.loads(body)
+            repo = f"{wanted.get('organization', 'me')}/{wanted['name']}"
+            if repo not in self.refs:
+                self.publish(repo, {})
+                self.created = wanted
+            return self._send(request, 200, dict(url=f"{self.url}/datasets/{repo}", name=repo, id=repo))
+        if path == "api/validate-yaml":
+            return self._send(request, 200, dict(errors=[], warnings=[]))
+        if parts[:2] == ["api", "datasets"] and parts[4:5] == ["preupload"]:
+            files = [dict(file, uploadMode="regular", shouldIgnore=False) for file in json.loads(body)["files"]]
+            return self._send(request, 200, dict(files=files))
+        if parts[:2] == ["api", "datasets"] and parts[4:5] == ["commit"]:
+            repo = "/".join(parts[2:4])
+            commit = self.publish(repo, self._changed(repo, body))
+            answer = dict(commitUrl=f"{self.url}/datasets/{repo}/commit/{commit}", commitOid=commit)
+            return self._send(request, 200, answer)
+        return super().answer(request, body)
+
+    def _changed(self, repo: str, body: bytes) -> dict[str, bytes]:
+        """Files of main after a commit, whose lines are its operations."""
+        files = dict(self.commits[self.refs[repo]["branches"]["main"]])
+        for line in body.splitlines():
+            operation = json.loads(line)
+            value = operation["value"]
+            if operation["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif operation["key"] == "deletedFile":
+                del files[value["path"]]
+        return files
 
 
 def _rows(files: dict[str, bytes]) -> list[dict]:

@@ -45,8 +45,8 @@ def load_splits(
             name (`columns.LABELS`).
         only: Splits that are needed, under any usual name. Of parquet files, here and on the Hub, no others are
             downloaded or converted; `datasets` would do so with all of them. Of anything else they are left out.
-        streaming: Read images when they are needed, and convert nothing before; they come undecoded. Of text, labels
-            cannot be made then, except in tables.
+        streaming: Read images when they are needed, and convert nothing before. Of text, labels cannot be made then,
+            except in tables.
 
     Returns:
         Splits with the columns "image" (`datasets.Image`), "label" (`ClassLabel`) and, of data that has a column of
