@@ -207,12 +207,18 @@ def _read_table(path: Path) -> pyarrow.Table:
     import pyarrow as pa
     from pyarrow import csv
 
+    reading = csv.ReadOptions(use_threads=False)  # with threads an error may not say in which row
     try:
-        names = csv.open_csv(path).schema.names
+        names = csv.open_csv(path, read_options=reading).schema.names
         convert = csv.ConvertOptions(
             column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=[""]
         )
-        table = csv.read_csv(path, parse_options=csv.ParseOptions(newlines_in_values=True), convert_options=convert)
+        table = csv.read_csv(
+            path,
+            read_options=reading,
+            parse_options=csv.ParseOptions(newlines_in_values=True),
+            convert_options=convert,
+        )
     except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
         reason = " ".join(str(error).split())
         raise UserError(f"table {str(path)!r} cannot be read ({reason}): give a CSV file with a header.") from error
