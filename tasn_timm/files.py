@@ -7,13 +7,12 @@ from pathlib import Path
 from .errors import UserError
 
 
-def write_whole(path: Path, text: str | None, option: str = "--json") -> None:
-    """Write a file so that it is there complete or not at all.
+def write_whole(path: Path, text: str | None) -> None:
+    """Write the file of a command's --json so that it is there complete or not at all.
 
     Args:
         path: Of the file; replaced where there is one.
         text: What to write; None to only check that it can be written, before the work.
-        option: What the user gave the path with, for the error message.
 
     Raises:
         UserError: It cannot be written.
@@ -27,7 +26,7 @@ def write_whole(path: Path, text: str | None, option: str = "--json") -> None:
             aside.replace(path)
     except OSError as error:
         raise UserError(
-            f"{option} {str(path)!r} cannot be written ({error}): give a file in an existing folder."
+            f"--json {str(path)!r} cannot be written ({error}): give a file in an existing folder."
         ) from error
     finally:
         with contextlib.suppress(OSError):  # it was moved, or never there

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..errors import UserError
-from .decoding import ORIENTATION, UnreadableImage, decode, open_picture, read
+from .decoding import ORIENTATION, UnreadableImage, decode, open_picture, read, undecoded
 from .splits import class_names
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class _Examined(Dataset):
     """Records of a split's pictures, a batch at a time, and by row the reasons of those that cannot be read."""
 
     def __init__(self, split: datasets.Dataset) -> None:
-        self.split = _undecoded(split)
+        self.split = undecoded(split)
 
     def __len__(self) -> int:
         return len(self.split)
@@ -265,17 +265,11 @@ def _labels(split: datasets.Dataset, classes: int) -> np.ndarray:
     return np.where((labels >= 0) & (labels < classes), labels, -1)
 
 
-def _undecoded(split: datasets.Dataset) -> datasets.Dataset:
-    from datasets import Image as ImageFeature
-
-    return split.cast_column("image", ImageFeature(decode=False))
-
-
 def _places(splits: datasets.DatasetDict, name: str, rows: list[int]) -> list[dict]:
     """Where to find rows of a split, without reading their pictures."""
     if not rows:
         return []
-    columns = _undecoded(splits[name].select(rows)).flatten()
+    columns = undecoded(splits[name].select(rows)).flatten()
     columns = columns.select_columns([key for key in ("image_id", "image.path") if key in columns.column_names])
     found = columns.rename_column("image.path", "file").to_list()
     return [dict(split=name, row=row) | place for row, place in zip(rows, found)]

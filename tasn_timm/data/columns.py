@@ -52,10 +52,15 @@ def standard_columns(source: Source, name: str, input_key: str | None, target_ke
     return splits
 
 
+def is_stream(splits: Splits) -> bool:
+    """Whether splits are read as they are needed, rather than mapped into memory."""
+    return not hasattr(splits, "num_rows")
+
+
 def _rename(splits: Splits, names: dict[str, str]) -> Splits:
     if not names:
         return splits
-    if hasattr(splits, "num_rows"):
+    if not is_stream(splits):
         return splits.rename_columns(names)
     # A stream that renames would decode all images for it.
     raw = type(splits)({split: rows.decode(False) for split, rows in splits.items()}).rename_columns(names)
@@ -169,7 +174,7 @@ def _images(splits: Splits, original: str, source: Source, name: str) -> Splits:
             f"column {original!r} of dataset {name!r} must be images, or paths or bytes of images, but is {feature}: "
             f"name another one with --input-key."
         )
-    if source.folder is None or not hasattr(splits, "num_rows"):
+    if source.folder is None or is_stream(splits):
         raise UserError(
             f"column {original!r} of dataset {name!r} has paths, which are read from folders on this machine only, and "
             f"not when streaming: use a dataset with the images themselves."
@@ -212,7 +217,7 @@ def _labels(splits: Splits, column: str, original: str, name: str) -> Splits:
             f"column {original!r} of dataset {name!r} must be text or a ClassLabel, but is {feature}, which says no "
             f"names{hint} it as datasets.ClassLabel(names=[...])."
         )
-    if not hasattr(splits, "num_rows"):
+    if is_stream(splits):
         raise UserError(
             f"column {original!r} of dataset {name!r} is text, and to stream data its labels must be known before: "
             f"save it as datasets.ClassLabel(names=[...]), or leave out --streaming."

@@ -5,11 +5,15 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from ..errors import UserError, unknown
+
+if TYPE_CHECKING:
+    import datasets
 
 MAX_ASPECT = 50  # long side over short side; resized by its short side, a longer strip would not fit into memory
 # Pillow knows more, of which EPS would be handed to another program to run.
@@ -22,6 +26,13 @@ ORIENTATION = 0x0112  # EXIF tag
 
 class UnreadableImage(ValueError):
     """A picture that cannot be decoded, or that no decoding does justice; the message is the reason."""
+
+
+def undecoded(split: datasets.Dataset) -> datasets.Dataset:
+    """Let a split give its column "image" as `decode` takes it, instead of decoding it in its own way."""
+    from datasets import Image as ImageFeature
+
+    return split.cast_column("image", ImageFeature(decode=False))
 
 
 def decode(image: dict | None, decoder: str = "pillow", min_side: int | None = None) -> Image.Image | np.ndarray:

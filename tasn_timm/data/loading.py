@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ..errors import UserError
-from .decoding import UnreadableImage, decode
+from .decoding import UnreadableImage, decode, undecoded
 from .transforms import Transform
 
 if TYPE_CHECKING:
@@ -78,9 +78,7 @@ class KeyedImages(Dataset):
         min_side: int | None = None,
         max_bad_images: int = 0,
     ) -> None:
-        from datasets import Image as ImageFeature
-
-        self.split = split.cast_column("image", ImageFeature(decode=False))
+        self.split = undecoded(split)
         self.transform = transform
         self.seed = seed
         self.decoder = decoder

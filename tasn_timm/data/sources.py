@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -164,7 +165,8 @@ def _image_folders(folder: Path) -> dict[str, Path]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
+    with os.scandir(folder) as entries:  # knows what is a folder without asking for each of thousands of images
+        return sorted(Path(entry) for entry in entries if entry.is_dir() and not entry.name.startswith((".", "__")))
 
 
 def _classes(folder: Path) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import UserError
-from .columns import standard_columns, with_labels
+from .columns import is_stream, standard_columns, with_labels
 from .hub_source import commit_of
 from .sources import BUILT_IN, open_data, quiet
 from .split_names import find_split, wanted_splits
@@ -135,7 +135,7 @@ def pick_split(splits: Splits, split: str, option: str, data: str) -> datasets.D
             f"dataset {data!r} has no split {split!r}, only {', '.join(splits)}: set {option} to one of these"
             f"{', or to null' if option in ('val_split', 'test_split') else ''}."
         )
-    if hasattr(splits[found], "__len__"):
+    if not is_stream(splits):
         _check_labels(splits[found], split, option, data)
     return splits[found]
 
@@ -164,7 +164,7 @@ def _as_streams(splits: Splits) -> datasets.IterableDatasetDict:
     from datasets import IterableDatasetDict
     from datasets.splits import SplitDict, SplitInfo
 
-    if not hasattr(splits, "num_rows"):
+    if is_stream(splits):
         return splits
     counts = SplitDict({split: SplitInfo(split, num_examples=len(rows)) for split, rows in splits.items()})
     streams = {split: rows.to_iterable_dataset(max(1, min(64, len(rows)))) for split, rows in splits.items()}
