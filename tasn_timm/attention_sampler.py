@@ -282,6 +282,21 @@ _SAMPLERS = {
 SAMPLERS = tuple(_SAMPLERS)
 
 
+def magnification(grid: Tensor) -> Tensor:
+    """How much larger things are in a sampled image than in a plain resize to its size, along x and along y.
+
+    Args:
+        grid: Positions (B, H', W', 2) as the samplers compute them; at least 2 x 2.
+
+    Returns:
+        (B, H', W', 2), more than 0; 1 everywhere for a plain resize.
+    """
+    height, width = grid.shape[1:3]
+    x, y = torch.gradient(grid[..., 0], dim=2)[0], torch.gradient(grid[..., 1], dim=1)[0]
+    steps = torch.stack([x * width / 2, y * height / 2], dim=-1)  # in steps of a plain resize
+    return 1 / steps.clamp(min=torch.finfo(grid.dtype).eps)
+
+
 @register_notrace_module
 class AttentionSampler(nn.Module):
     """Samples images at a fixed output size.

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
@@ -13,6 +14,14 @@ class UserError(ValueError):
 
 class NumericalError(ArithmeticError):
     """A computation went wrong. Commands print it as one line, without a traceback, and exit with 3."""
+
+
+class Interrupted(Exception):
+    """A signal ended the work in good order. Commands print it as one line and exit with 128 + its number."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 def unknown(what: str, got: object, allowed: Iterable[str]) -> UserError:
@@ -57,7 +66,11 @@ def no_effect(
 
 
 def run_command(main: Callable[[], None]) -> int:
-    """Run a command and return its exit code: 0; after one line 2 for a `UserError`, 3 for a `NumericalError`."""
+    """Run a command and return its exit code.
+
+    Returns:
+        0; after one line 2 for a `UserError`, 3 for a `NumericalError`, 128 + the signal's number where one ended it.
+    """
     try:
         main()
     except (UserError, NumericalError) as error:
@@ -66,4 +79,11 @@ def run_command(main: Callable[[], None]) -> int:
         # A DataLoader's worker hands its error over with its traceback, the message last.
         print(f"{where}error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 3
+    except Interrupted as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(stop, file=sys.stderr)
+        return 128 + stop.number
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0

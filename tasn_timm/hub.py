@@ -69,16 +69,20 @@ def save_folder(
     shutil.rmtree(aside, ignore_errors=True)
     # safetensors takes contiguous tensors only, and training may have made them channels_last.
     plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    save_for_hf(
-        plain,
-        str(aside),
-        model_config=dict(label_names=label_names),
-        safe_serialization=True,
-        data_config=data_config,
-    )
-    _complete_config(aside / "config.json", recipe, dataset)
-    if measured is not None:
-        _write_card(plain, aside, folder, measured)
+    try:
+        save_for_hf(
+            plain,
+            str(aside),
+            model_config=dict(label_names=label_names),
+            safe_serialization=True,
+            data_config=data_config,
+        )
+        _complete_config(aside / "config.json", recipe, dataset)
+        if measured is not None:
+            _write_card(plain, aside, folder, measured)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     if folder.exists():
         old = aside.with_name(f"{aside.name}.old")
         folder.rename(old)

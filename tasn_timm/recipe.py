@@ -47,6 +47,11 @@ class Recipe:
         0, "unreadable training images for which others are taken; one more stops the run. In evaluation any one does"
     )
     decoder: str = _option("pillow", "what decodes training images: pillow or simplejpeg (extra fast)")
+    overfit_batches: int = _option(
+        0,
+        "train and validate on the images of so many optimizer steps, unaugmented, and test nothing: without dropout, "
+        "smoothing and mixup the loss should go towards 0; 0: off",
+    )
 
     # model
     model: str = _option("tasn_tiny", "timm model: tasn_..., any other one, or local-dir:FOLDER")
@@ -63,6 +68,8 @@ class Recipe:
     pca_noise: float = _option(0.0, "standard deviation of AlexNet's PCA colour noise; the published code has 0.1")
     aa: str | None = _option(None, "timm's RandAugment, such as rand-m9-mstd0.5-inc1; null: none")
     reprob: float = _option(0.0, "probability that a random rectangle is erased")
+    mixup: float = _option(0.0, "alpha of mixup; not for a TASN with a part net; 0: none")
+    cutmix: float = _option(0.0, "alpha of cutmix, likewise")
 
     # loss
     smoothing: float = _option(0.0, "label smoothing, 0 to 1")
@@ -84,6 +91,9 @@ class Recipe:
     epochs: int = _option(20, "passes over the training split")
     batch_size: int = _option(32, "images per optimizer step, over all processes and accumulation steps")
     grad_accum_steps: int = _option(1, "forward and backward passes per optimizer step")
+    drop_last: bool = _option(
+        True, "leave out the images (others every epoch) that do not fill up batch_size; no: a short last step has them"
+    )
     opt: str = _option("adamw", "timm optimizer")
     lr: float = _option(
         4e-3, "learning rate, for the batch size as given; the schedule begins at epoch 0, also under the warm-up"
@@ -104,27 +114,45 @@ class Recipe:
     decay_milestones: list = _option([], "epochs at which the multistep scheduler decays")
     decay_rate: float = _option(0.1, "factor of each decay")
     clip_grad: float | None = _option(None, "largest norm of the gradient; null: no clipping")
+    freeze: dict = _option(
+        {}, "what is not trained when: a name's beginning and the epochs before which, or [from, before]: backbone=5"
+    )
+    sync_bn: bool = _option(False, "BatchNorm over the images of all processes; GPUs only")
 
     # running
     seed: int = _option(0, "seed of weights, data order, augmentation and part selection")
     mixed_precision: Literal["no", "bf16", "fp16"] | None = _option(
         None, "precision; null: as accelerate is configured"
     )
+    tf32: bool | None = _option(None, "float32 products of a GPU in TF32, faster and rounder; null: torch's default")
+    torchcompile: str | None = _option(
+        None, "compile the model with this backend, such as inductor; null: as accelerate is configured"
+    )
     channels_last: bool = _option(True, "memory layout of the convolutions")
     workers: int = _option(2, "processes that load images, per training process")
     cpu: bool = _option(False, "train on CPU even where there is a GPU")
-    log_interval: int = _option(50, "batches between log lines where there is no terminal for a progress bar")
+    log_interval: int = _option(50, "batches between lines of metrics.jsonl, and where there is no terminal of the log")
+    recovery_interval: int | None = _option(
+        None, "optimizer steps between checkpoints; null: at the end of each epoch, where there is always one"
+    )
+    checkpoint_hist: int = _option(2, "checkpoints to keep")
+    trackers: list = _option([], "where metrics go besides metrics.jsonl: [tensorboard], [wandb], [trackio] ...")
     output: str = _option("runs", "folder in which the run gets a folder of its own")
     compare: str | None = _option(None, "recipe of a second model, trained afterwards for the final table")
 
     def __post_init__(self) -> None:
         for entry in dataclasses.fields(self):
             setattr(self, entry.name, _typed(entry, getattr(self, entry.name)))
-        for name in ("epochs", "batch_size", "grad_accum_steps", "img_size", "log_interval"):
-            if getattr(self, name) < 1:
+        for name in (
+            *("epochs", "batch_size", "grad_accum_steps", "img_size"),
+            *("log_interval", "recovery_interval", "checkpoint_hist"),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise UserError(f"recipe: {name} must be at least 1, got {getattr(self, name)}.")
         for name in (
-            *("workers", "max_bad_images", "lr", "warmup_lr", "min_lr", "weight_decay"),
+            *("workers", "max_bad_images", "overfit_batches", "lr", "warmup_lr", "min_lr", "weight_decay", "clip_grad"),
+            *("mixup", "cutmix"),
             *("color_jitter", "degrees", "crop_padding", "pca_noise"),
             *("soft_weight", "part_weight", "attention_weight", "shared_part_weight"),
         ):
@@ -163,8 +191,62 @@ class Recipe:
             raise unknown("optimizer", self.opt, list_optimizers())
         if self.resize is not None and self.resize < self.img_size:
             raise UserError(f"recipe: resize ({self.resize}) must be at least img_size ({self.img_size}).")
+        if self.streaming:
+            no_effect(Recipe, dict(drop_last=self.drop_last), "streaming, which gives each process whole batches")
+            no_effect(Recipe, dict(overfit_batches=self.overfit_batches), "streaming, which has no order to pick from")
         for name, because in _ruled_out(vars(self)).items():
             no_effect(Recipe, {name: getattr(self, name)}, because, except_for=["decay_milestones"])  # see above
+
+
+# What the weights at the end do not depend on; all the rest has to be the same when a run is resumed.
+FREE_OPTIONS = (
+    *("workers", "max_bad_images", "log_interval", "recovery_interval", "checkpoint_hist"),
+    *("trackers", "output", "compare"),
+)
+
+
+DRY_STEPS = 2  # of training and of evaluation in a dry run
+
+
+@dataclass
+class Launch:
+    """What is to be done with a recipe this time."""
+
+    resume: str | None = _option(
+        None, "run folder to go on with, or auto: the newest run of this recipe in output, or a new one"
+    )
+    resume_inexact: bool = _option(False, "go on although the result will not be that of an uninterrupted run")
+    max_steps: int | None = _option(
+        None, "end training after so many optimizer steps of the schedule; with --resume it goes on where that was"
+    )
+    dry_run: bool = _option(
+        False, "two steps of training and evaluation, save and load once, estimate time and memory, leave nothing"
+    )
+    validate_only: bool = _option(False, "evaluate the validation split, with the weights of --resume or pretrained")
+
+    def __post_init__(self) -> None:
+        for entry in dataclasses.fields(self):
+            setattr(self, entry.name, _typed(entry, getattr(self, entry.name)))
+        if self.max_steps is not None and self.max_steps < 1:
+            raise UserError(f"max_steps must be at least 1, got {self.max_steps}.")
+        if self.dry_run:
+            rest = dict(resume=self.resume, max_steps=self.max_steps, validate_only=self.validate_only)
+            no_effect(Launch, rest, "dry_run")
+        if self.validate_only:
+            rest = dict(max_steps=self.max_steps, resume_inexact=self.resume_inexact)
+            no_effect(Launch, rest, "validate_only")
+        if self.resume is None:
+            no_effect(Launch, dict(resume_inexact=self.resume_inexact), "resume=None")
+
+    @property
+    def train_steps(self) -> int | None:
+        """Optimizer steps after which training ends; None: at the end of the recipe's epochs."""
+        return DRY_STEPS if self.dry_run else self.max_steps
+
+    @property
+    def eval_batches(self) -> int | None:
+        """Batches after which an evaluation ends; None: at the end of the split."""
+        return DRY_STEPS if self.dry_run else None
 
 
 @dataclass
@@ -313,14 +395,14 @@ def _ruled_out(options: Mapping[str, Any]) -> dict[str, str]:
     return ruled_out
 
 
-def parse_args(args: list[str]) -> tuple[str, Recipe]:
+def parse_args(args: list[str]) -> tuple[str, Recipe, Launch]:
     """Parse the command line of train_accelerate.py.
 
     Args:
         args: What follows the script's name. Options may be written with "-" or "_".
 
     Returns:
-        Name of the recipe and the recipe with the command line's overrides.
+        Name of the recipe, the recipe with the command line's overrides, and what to do with it.
     """
     parser = argparse.ArgumentParser(
         description="Train TASN, or any timm model, with Hugging Face Accelerate.",
@@ -329,9 +411,9 @@ def parse_args(args: list[str]) -> tuple[str, Recipe]:
         allow_abbrev=False,
     )
     parser.add_argument("--recipe", default="synthbirds", help="recipe name or YAML file (default: synthbirds)")
-    defaults = Recipe()
-    for entry in dataclasses.fields(Recipe):
-        default = getattr(defaults, entry.name)
+    defaults = vars(Recipe()) | vars(Launch())
+    for entry in (*dataclasses.fields(Recipe), *dataclasses.fields(Launch)):
+        default = defaults[entry.name]
         text = f"{entry.metadata['help']} (default: {'null' if default is None else default})"
         options = dict(dest=entry.name, default=argparse.SUPPRESS, help=text)
         flag = f"--{entry.name.replace('_', '-')}"
@@ -352,7 +434,8 @@ def parse_args(args: list[str]) -> tuple[str, Recipe]:
         raise unknown("argument", rest[0], flags)
     overrides = vars(overrides)
     name = overrides.pop("recipe")
-    return recipe_name(name), load_recipe(name, overrides)
+    launch = {entry.name: overrides.pop(entry.name) for entry in dataclasses.fields(Launch) if entry.name in overrides}
+    return recipe_name(name), load_recipe(name, overrides), Launch(**launch)
 
 
 def _text_or_yaml(entry: dataclasses.Field) -> Callable[[str], Any]:

@@ -196,6 +196,11 @@ class TASN(BackboneClassifier):
         structure_map, _ = self.trilinear_attention(self.attention_net(image))
         return self.structure_sampler(image, structure_map)
 
+    def sampling_grid(self, image: Tensor) -> Tensor:
+        """Where each pixel of the structure-preserved image looks: (B, H', W', 2), see `attention_grid`."""
+        structure_map, _ = self.trilinear_attention(self.attention_net(image))
+        return self.structure_sampler.grid(structure_map, tuple(image.shape[-2:]))
+
     @property
     def sample_size(self) -> tuple[int, int]:
         """Pixels (H', W') of the sampled images."""

@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
 from tasn_timm.data.decoding import decode
-from tasn_timm.data.loading import KeyedImages, KeyedSampler, create_loader, keyed_seed
+from tasn_timm.data.loading import KeyedBatches, KeyedImages, create_loader, create_train_loader, keyed_seed
 from tasn_timm.data.splits import class_names, load_splits, pick_split
 from tasn_timm.data.transforms import eval_transform, train_transform
 
@@ -100,22 +100,48 @@ def test_an_unreadable_image_is_named():
         KeyedImages(split, eval_transform(4))[0, 0]
 
 
-def test_the_order_is_another_permutation_each_epoch_and_the_same_for_a_seed():
-    def epoch(sampler: KeyedSampler, number: int) -> list[int]:
-        sampler.set_epoch(number)
-        keys = list(sampler)
-        assert {e for e, _ in keys} == {number}
-        return [index for _, index in keys]
+def epoch_of(batches: KeyedBatches, number: int) -> list[list[int]]:
+    batches.set_epoch(number)
+    keys = list(batches)
+    assert len(keys) == len(batches) and {epoch for batch in keys for epoch, _ in batch} == {number}
+    return [[index for _, index in batch] for batch in keys]
 
-    sampler = KeyedSampler(20, seed=0)
-    first, second = epoch(sampler, 0), epoch(sampler, 1)
+
+def images_of(batches: KeyedBatches, number: int) -> list[int]:
+    return [index for batch in epoch_of(batches, number) for index in batch]
+
+
+def test_the_order_is_another_permutation_each_epoch_and_the_same_for_a_seed():
+    batches = KeyedBatches(20, 0, group=4)
+    first, second = images_of(batches, 0), images_of(batches, 1)
     assert sorted(first) == sorted(second) == list(range(20))
     assert first != second
-    assert epoch(KeyedSampler(20, seed=0), 1) == second
-    assert epoch(KeyedSampler(20, seed=1), 0) != first
-    assert epoch(KeyedSampler(20), 3) == list(range(20)), "evaluation keeps the order"
-    truncated = KeyedSampler(20, seed=0, multiple=8)
-    assert len(truncated) == len(epoch(truncated, 0)) == 16
+    assert images_of(KeyedBatches(20, 0, group=4), 1) == second
+    assert images_of(KeyedBatches(20, 1, group=4), 0) != first
+    truncated = epoch_of(KeyedBatches(20, 0, group=8), 0)
+    assert [len(batch) for batch in truncated] == [8, 8] and [*truncated[0], *truncated[1]] == first[:16]
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize(("processes", "steps"), [(1, 1), (1, 3), (2, 1), (2, 3), (3, 2)])
+def test_every_step_takes_the_same_images_on_any_number_of_processes(processes, steps, drop_last):
+    """41 images, 12 a step: whole steps, and a short one of 5."""
+    order = images_of(KeyedBatches(41, 0, group=12, drop_last=False), 2)
+    shares = [
+        epoch_of(KeyedBatches(41, 0, 12, process=p, processes=processes, steps=steps, drop_last=drop_last), 2)
+        for p in range(processes)
+    ]
+    assert len({len(share) for share in shares}) == 1, "as many forward passes on each, or they wait for each other"
+    passes = [steps, steps, steps] + ([] if drop_last else [-(-5 * steps // 12)])
+    assert len(shares[0]) == sum(passes)
+    done = 0
+    for step, count in enumerate(passes):
+        mine = [share[done : done + count] for share in shares]
+        images = [index for batches in mine for batch in batches for index in batch]
+        assert sorted(images) == sorted(order[12 * step : 12 * step + 12])
+        sizes = {len(batch) for batches in mine for batch in batches}
+        assert max(sizes) - min(sizes) <= 1 and max(sizes) <= 12 // (steps * processes)
+        done += count
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_only():
@@ -138,12 +164,11 @@ def test_augmentation_depends_on_seed_epoch_and_index_only():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_do_not_depend_on_the_number_of_workers(workers):
-    loader = create_loader(
-        numbered_split(), train_transform(16, color_jitter=0.4), 6, seed=0, multiple=12, workers=workers
-    )
-    loader.sampler.set_epoch(5)
-    labels = torch.cat([labels for _, labels, _ in loader])
-    images, colours = (torch.cat(tensors) for tensors in zip(*[images for images, _, _ in loader]))
+    transform = train_transform(16, color_jitter=0.4)
+    loader = create_train_loader(numbered_split(), transform, KeyedBatches(20, 0, 12, steps=2), workers=workers)
+    loader.batch_sampler.set_epoch(5)
+    labels = torch.cat([batch.labels for batch in loader])
+    images, colours = (torch.cat(tensors) for tensors in zip(*[batch.images for batch in loader]))
     assert images.dtype == torch.uint8 and images.shape == (12, 3, 16, 16) and colours.shape == (12, 3, 4)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(keyed_seed(0, "order", 5)))[:12]
     assert labels.tolist() == [i % 3 for i in order.tolist()]
@@ -152,14 +177,10 @@ def test_batches_do_not_depend_on_the_number_of_workers(workers):
     assert torch.equal(colours, torch.stack([one[5, i][0][1] for i in order.tolist()]))
 
 
-def test_accelerate_keeps_the_sampler():
-    loader = create_loader(numbered_split(), eval_transform(24), 5, seed=3)
-    sampler = loader.sampler
-    prepared = Accelerator(cpu=True).prepare(loader)
-    for epoch in (0, 1):
-        sampler.set_epoch(epoch)
-        expected = [index for _, index in sampler]
-        assert [int(image[0, 0, 0]) for (images,), _, _ in prepared for image in images] == expected
+def test_an_evaluation_has_every_image_in_order():
+    loader = Accelerator(cpu=True).prepare(create_loader(numbered_split(), eval_transform(24), 6))
+    assert [int(image[0, 0, 0]) for batch in loader for image in batch.images[0]] == list(range(20))
+    assert [image for batch in loader for image in batch.ids] == [str(row) for row in range(20)]
 
 
 def test_keyed_seeds_are_pinned():
@@ -171,12 +192,13 @@ def test_keyed_seeds_are_pinned():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_goes_on_where_it_was_left(workers):
     def batches(resumed: int = 0) -> list[torch.Tensor]:
-        loader = create_loader(numbered_split(), train_transform(16), 3, seed=1, multiple=6, workers=workers)
-        loader.sampler.set_epoch(4)
-        loader.sampler.resume(4, resumed)
+        keys = KeyedBatches(20, 1, 6, steps=2)
+        loader = create_train_loader(numbered_split(), train_transform(16), keys, workers=workers)
+        keys.set_epoch(4)
+        keys.resume(4, resumed)
         assert len(loader) == 6 - resumed // 3
-        first = [images[0] for images, _, _ in loader]
-        loader.sampler.set_epoch(5)
+        first = [batch.images[0] for batch in loader]
+        keys.set_epoch(5)
         assert len(loader) == 6, "the next epoch is whole again"
         return first
 
@@ -199,10 +221,11 @@ def undecoded() -> list[dict]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_images_are_replaced_by_the_same_others_and_reported(workers):
     def epoch(number: int) -> tuple[torch.Tensor, list[int], list]:
-        loader = create_loader(
-            spoiled_split(3, 11), train_transform(24, hflip=0), 5, seed=0, workers=workers, max_bad_images=2
+        keys = KeyedBatches(20, 0, 5)
+        loader = create_train_loader(
+            spoiled_split(3, 11), train_transform(24, hflip=0), keys, workers=workers, max_bad_images=2
         )
-        loader.sampler.set_epoch(number)
+        keys.set_epoch(number)
         batches = list(loader)
         bad = [image for batch in batches for image in batch.bad]
         values = torch.cat([batch.images[0][:, 0, 0, 0] for batch in batches])
@@ -227,7 +250,7 @@ def test_bad_images_are_replaced_by_the_same_others_and_reported(workers):
 def test_one_bad_image_is_one_however_often_the_draw_falls_on_it():
     images = KeyedImages(spoiled_split(3).select(range(2, 5)), eval_transform(24), max_bad_images=1)
     for epoch in range(40):
-        (pixels,), label, (bad,) = images[epoch, 1]
+        (pixels,), label, _, (bad,) = images[epoch, 1]
         assert bad.row == 1 and int(pixels[0, 0, 0]) in (2, 4) and label == int(pixels[0, 0, 0]) % 3
 
 
@@ -240,7 +263,7 @@ def test_a_split_without_a_good_image_is_an_error():
 def test_a_row_without_a_picture_is_a_bad_image():
     rows = dict(image=[None, *undecoded()[1:3]], label=[0, 1, 2])
     split = Dataset.from_dict(rows, features=Features(image=Image(), label=ClassLabel(names=["a", "b", "c"])))
-    (_, _, (bad,)) = KeyedImages(split, eval_transform(24), max_bad_images=1)[0, 0]
+    (*_, (bad,)) = KeyedImages(split, eval_transform(24), max_bad_images=1)[0, 0]
     assert (bad.row, bad.file, bad.reason) == (0, "in the dataset", "the row has no picture")
 
 

@@ -18,6 +18,7 @@ from PIL import Image as PILImage
 
 from tasn_timm import cli
 from tasn_timm.commands import evaluate as command_evaluate
+from tasn_timm.data.loading import Batch
 from tasn_timm.data.splits import load_splits, super_classes
 from tasn_timm.data.transforms import eval_transform
 from tasn_timm.errors import run_command
@@ -317,7 +318,7 @@ def test_another_split_is_measured(measure, tmp_path, image_folder):
 def test_scores_count_classes_and_tell_top5_only_beyond_5():
     scores = Scores(correct=torch.tensor([2, 0, 1]), counts=torch.tensor([4, 0, 4]), top5=None)
     assert scores.metrics == dict(top1=37.5, images=8)
-    loader = [(torch.eye(8)[[0, 1, 2, 3]], torch.tensor([0, 1, 2, 7]), [])] * 2
+    loader = [Batch(torch.eye(8)[[0, 1, 2, 3]], torch.tensor([0, 1, 2, 7]), [], [])] * 2
     scores = evaluate(Accelerator(cpu=True), lambda images: images - torch.arange(8) / 100, loader)
     assert scores.metrics == dict(top1=75.0, top5=75.0, images=8)
     assert scores.correct.tolist() == [2, 2, 2, 0, 0, 0, 0, 0] and scores.counts.tolist() == [2, 2, 2, 0, 0, 0, 0, 2]

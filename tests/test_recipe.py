@@ -73,7 +73,7 @@ def test_a_saved_recipe_loads_as_the_same(tmp_path):
 
 def test_the_command_line_overrides_the_file():
     arguments = "--recipe synthbirds_plain --epochs 3 --lr 4e-3 --val-split null --no-channels-last --batch_size 8"
-    name, recipe = parse_args([*arguments.split(), "--model-kwargs", "stem_width=16"])
+    name, recipe, _ = parse_args([*arguments.split(), "--model-kwargs", "stem_width=16"])
     assert name == "synthbirds_plain"
     assert (recipe.epochs, recipe.lr, recipe.val_split, recipe.channels_last, recipe.batch_size) == (
         3,
@@ -212,7 +212,7 @@ def test_only_another_model_drops_the_files_model_kwargs():
 
 
 def test_names_on_the_command_line_are_text():
-    _, recipe = parse_args(["--data", "2024", "--train-split", "no", "--val-split", "null"])
+    _, recipe, _ = parse_args(["--data", "2024", "--train-split", "no", "--val-split", "null"])
     assert (recipe.data, recipe.train_split, recipe.val_split) == ("2024", "no", None)
 
 

@@ -126,7 +126,7 @@ def test_ensembles_and_mirrored_images_are_marked():
 def test_a_card_says_what_its_recipe_is_and_its_command_loads_it(card):
     assert card.about.endswith(".") and len(card.about) < 120
     (command,) = card.commands(PaperRow(4, "one model"))
-    name, recipe = parse_args(command.removeprefix("accelerate launch train_accelerate.py ").split())
+    name, recipe, _ = parse_args(command.removeprefix("accelerate launch train_accelerate.py ").split())
     assert name == card.name
     assert recipe.data in BUILT_IN
     if recipe.data in PREPARED:

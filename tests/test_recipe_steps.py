@@ -1,6 +1,5 @@
 """Every recipe: its model, loss, optimizer, schedule and transforms are built, and one step is taken on tiny images."""
 
-import importlib.util
 import math
 from pathlib import Path
 
@@ -9,15 +8,12 @@ import timm
 import torch
 from accelerate import Accelerator
 from timm.data import resolve_model_data_config
+from timm.optim import create_optimizer_v2
 
 from tasn_timm import TASN
 from tasn_timm.recipe import RECIPES, Recipe, load_recipe
-from tasn_timm.training.loaders import build_loaders, load_data
-
-SCRIPT = Path(__file__).parents[1] / "train_accelerate.py"
-spec = importlib.util.spec_from_file_location("train_accelerate", SCRIPT)
-train_accelerate = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(train_accelerate)
+from tasn_timm.training.build import build_model, build_parts
+from tasn_timm.training.loaders import build_loaders, load_data, plan_epoch
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 # One of each kind is stepped in every run of the tests; all of them in CI.
@@ -61,13 +57,14 @@ def test_a_step_of_every_recipe(name, image_folder):
     torch.manual_seed(0)
     recipe = shrunk(name, image_folder)
     splits, _ = load_data(recipe)
-    model = train_accelerate.build_model(recipe, classes=3)
-    loaders = build_loaders(recipe, splits, batch_size=2, accelerator=Accelerator(cpu=True))
-    parts = train_accelerate.build_parts(recipe, model, 24, resolve_model_data_config(model))
+    model = build_model(recipe, classes=3)
+    plan = plan_epoch(recipe, splits["train"])
+    loaders = build_loaders(recipe, splits, plan, batch_size=2, accelerator=Accelerator(cpu=True))
+    parts = build_parts(recipe, model, 24, resolve_model_data_config(model))
     parameter = next(iter(model.get_classifier().parameters()))
     before = parameter.detach().clone()
 
-    images, labels, _ = next(iter(loaders["train"]))
+    images, labels, *_ = next(iter(loaders["train"]))
     assert images[0].shape == (2, 3, 56, 56) and images[0].dtype == torch.uint8
     assert len(images) == (2 if recipe.color_jitter or recipe.pca_noise else 1)
     losses = parts.objective(model.train()(parts.normalize(images)), labels)
@@ -106,7 +103,7 @@ def test_the_published_setting():
     """What train.py, common/cub_data.py and model.py of researchmm/tasn say."""
     recipe = load_recipe("cub200_resnet50_224")
     model = timm.create_model(recipe.model, num_classes=200, device="meta", **recipe.model_kwargs)
-    optimizer = train_accelerate.create_optimizer_v2(
+    optimizer = create_optimizer_v2(
         model, recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum
     )
     assert isinstance(optimizer, torch.optim.SGD)

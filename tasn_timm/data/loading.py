@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from ..errors import UserError
 from .decoding import UnreadableImage, decode, undecoded
 from .transforms import Transform
+from .workers import outlive_signals
 
 if TYPE_CHECKING:
     import datasets
@@ -46,15 +48,19 @@ class BadImage(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a loader yields: images as the transform gives them, each with a leading B, labels (B,), and bad images."""
+    """What a loader yields."""
 
-    images: list[Tensor]
-    labels: Tensor
+    images: list[Tensor]  # as the transform gives them, each with a leading B
+    labels: Tensor  # (B,)
+    ids: list[str]  # the data's image_id, or the row
     bad: list[BadImage]
 
 
+Sample = tuple[tuple[Tensor, ...], int, str, list[BadImage]]  # what becomes a batch
+
+
 class KeyedImages(Dataset):
-    """Images of a split for a `KeyedSampler`.
+    """Images of a split by (epoch, index), or by index alone, as in evaluation.
 
     The randomness of an image's augmentation comes from (seed, epoch, index), so it depends neither on the number of
     workers or processes nor on what was loaded before.
@@ -88,8 +94,8 @@ class KeyedImages(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[tuple[Tensor, ...], int, list[BadImage]]:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, int] | int) -> Sample:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
         bad: list[BadImage] = []
         row = index
         while True:
@@ -105,7 +111,7 @@ class KeyedImages(Dataset):
             while any(row == image.row for image in bad):
                 row = (row + 1) % len(self)
         with keyed_randomness(self.seed, epoch, index):
-            return self.transform(image), example["label"], bad
+            return self.transform(image), example["label"], str(example.get("image_id", row)), bad
 
 
 @contextmanager
@@ -139,25 +145,46 @@ def unreadable(bad: BadImage) -> UserError:
     )
 
 
-def collate(samples: Sequence[tuple[tuple[Tensor, ...], int, list[BadImage]]]) -> Batch:
+def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples of `KeyedImages`."""
-    images, labels, bad = zip(*samples)
-    return Batch(default_collate(images), torch.tensor(labels), [image for images in bad for image in images])
+    images, labels, ids, bad = zip(*samples)
+    return Batch(default_collate(images), torch.tensor(labels), list(ids), [image for each in bad for image in each])
 
 
-class KeyedSampler(Sampler):
-    """(epoch, index) for the images of a split, in an order that depends on (seed, epoch).
+class KeyedBatches(Sampler):
+    """One process's batches of (epoch, index), in an order that depends on (seed, epoch).
+
+    An optimizer step takes the next `group` images of the order, whatever the numbers of processes and of forward
+    passes among which they are divided: a recipe means the same on one device and on eight.
 
     Args:
-        length: Number of images.
-        seed: Of the run; None for the split's own order, as in evaluation.
-        multiple: Leave out as many images of each epoch (other ones every time) as do not fill up a group of this size.
+        images: Of the split.
+        seed: Of the run.
+        group: Images of an optimizer step.
+        process, processes: Index and number of the processes that share them.
+        steps: Forward passes of a process and optimizer step.
+        drop_last: Leave out the images (other ones every epoch) that do not fill up a group. Else the last group of an
+            epoch is short: as many forward passes as it needs, of sizes that differ by 1 at most.
     """
 
-    def __init__(self, length: int, seed: int | None = None, multiple: int = 1) -> None:
-        self.total = length
-        self.kept = length - length % multiple
+    def __init__(
+        self,
+        images: int,
+        seed: int,
+        group: int,
+        *,
+        process: int = 0,
+        processes: int = 1,
+        steps: int = 1,
+        drop_last: bool = True,
+    ) -> None:
+        self.images = images - images % group if drop_last else images
+        self.total = images
         self.seed = seed
+        self.group = group
+        self.process = process
+        self.processes = processes
+        self.steps = steps
         self.epoch = 0
         self.begun = (0, 0)
 
@@ -170,48 +197,64 @@ class KeyedSampler(Sampler):
         self.begun = (epoch, images)
 
     def __len__(self) -> int:
-        return self.kept - self._start()
+        whole, rest = divmod(self.images - self._start(), self.group)
+        return whole * self.steps + self._passes(rest)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        if self.seed is None:
-            order = range(self.total)
-        else:
-            generator = torch.Generator().manual_seed(keyed_seed(self.seed, "order", self.epoch))
-            order = torch.randperm(self.total, generator=generator).numpy()
-        return ((self.epoch, int(index)) for index in order[self._start() : self.kept])
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(keyed_seed(self.seed, "order", self.epoch))
+        order = torch.randperm(self.total, generator=generator).numpy()[: self.images]
+        for start in range(self._start(), self.images, self.group):
+            for batch in self._cut(order[start : start + self.group])[self.process :: self.processes]:
+                yield [(self.epoch, int(index)) for index in batch]
+
+    def _cut(self, group: Sequence[int]) -> list[np.ndarray]:
+        return np.array_split(group, self._passes(len(group)) * self.processes)
+
+    def _passes(self, images: int) -> int:
+        return math.ceil(images * self.steps / self.group)
 
     def _start(self) -> int:
         epoch, images = self.begun
         return images if epoch == self.epoch else 0
 
 
-def create_loader(
-    split: datasets.Dataset,
-    transform: Transform,
-    batch_size: int,
-    *,
-    seed: int | None = None,
-    multiple: int = 1,
-    workers: int = 0,
-    **reading: Any,
+def create_train_loader(
+    split: datasets.Dataset, transform: Transform, batches: KeyedBatches, *, workers: int = 0, **reading: Any
 ) -> DataLoader:
-    """Load a split in batches.
+    """Load a split to train on.
+
+    Args:
+        split: Columns "image" and "label".
+        transform: Picture -> tensors.
+        batches: Which images when.
+        workers: Processes that load; 0 to load in this one.
+        **reading: Of `KeyedImages`: decoder, min_side, max_bad_images.
+    """
+    images = KeyedImages(split, transform, batches.seed, **reading)
+    return DataLoader(images, batch_sampler=batches, **loading(workers))
+
+
+def create_loader(
+    split: datasets.Dataset, transform: Transform, batch_size: int, *, workers: int = 0, **reading: Any
+) -> DataLoader:
+    """Load a split in its own order, to evaluate.
 
     Args:
         split: Columns "image" and "label".
         transform: Picture -> tensors.
         batch_size: B.
-        seed: For training: shuffled, and augmented by it. None for evaluation.
-        multiple: See `KeyedSampler`.
         workers: Processes that load; 0 to load in this one.
-        **reading: Of `KeyedImages`: decoder, min_side, max_bad_images.
+        **reading: Of `KeyedImages`: decoder, min_side.
     """
-    return DataLoader(
-        KeyedImages(split, transform, seed or 0, **reading),
-        batch_size=batch_size,
+    return DataLoader(KeyedImages(split, transform, **reading), batch_size=batch_size, **loading(workers))
+
+
+def loading(workers: int) -> dict[str, Any]:
+    """Arguments that all our loaders have."""
+    return dict(
         collate_fn=collate,
-        sampler=KeyedSampler(len(split), seed, multiple),
         num_workers=workers,
         persistent_workers=workers > 0,
+        worker_init_fn=outlive_signals,
         pin_memory=torch.cuda.is_available(),
     )

@@ -7,13 +7,11 @@ from hashlib import blake2b
 from itertools import count
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..errors import UserError
 from .decoding import UnreadableImage, decode
-from .loading import BadImage, bad_image, collate, keyed_randomness, keyed_seed, unreadable
+from .loading import BadImage, Sample, bad_image, keyed_randomness, keyed_seed, loading, unreadable
 from .transforms import Transform
 
 if TYPE_CHECKING:
@@ -33,7 +31,7 @@ class StreamedImages(IterableDataset):
       out the others' images.
     - In an epoch an image may come twice and another one not at all, since shards differ in size: each process takes
       its share of the split's number of images, over its own shards again where these have fewer.
-    - An interrupted epoch cannot be resumed where it stopped.
+    - An interrupted epoch cannot be resumed where it stopped: its rest is made of images from its beginning.
 
     An image's augmentation is still its own: drawn by (seed, epoch, the file's bytes).
 
@@ -76,32 +74,39 @@ class StreamedImages(IterableDataset):
         self.min_side = min_side
         self.max_bad_images = max_bad_images
         self.epoch = 0
+        self.begun = (0, 0)
 
     def set_epoch(self, epoch: int) -> None:
         """Take the order of this epoch; accelerate calls it."""
         self.epoch = epoch
 
-    def __len__(self) -> int:
-        return self.images
+    def resume(self, epoch: int, images: int) -> None:
+        """Leave out so many images at the end of an epoch: an interrupted run has seen as many of this process's."""
+        self.begun = (epoch, images)
 
-    def __iter__(self) -> Iterator[tuple[tuple[Tensor, ...], int, list[BadImage]]]:
+    def __len__(self) -> int:
+        epoch, images = self.begun
+        return self.images - images if epoch == self.epoch else self.images
+
+    def __iter__(self) -> Iterator[Sample]:
         bad: list[BadImage] = []
         left = self._share()
         if left == 0:
             return
         for example in self._examples():
+            digest = _digest(example["image"])
             try:
                 image = decode(example["image"], self.decoder, self.min_side)
             except UnreadableImage as error:
-                bad.append(bad_image(example, None, _digest(example["image"]), error))
+                bad.append(bad_image(example, None, digest, error))
                 if len(bad) > self.max_bad_images:
                     raise unreadable(bad[-1]) from None
                 continue
             label = example["label"]
             if label is None or not 0 <= label < self.classes:
                 raise UserError(f"a label is {label}, but there are names for {self.classes} classes.")
-            with keyed_randomness(self.seed, self.epoch, _digest(example["image"])):
-                yield self.transform(image), label, bad
+            with keyed_randomness(self.seed, self.epoch, digest):
+                yield self.transform(image), label, str(example.get("image_id", digest)), bad
             bad = []
             left -= 1
             if left == 0:  # before the buffer is filled again
@@ -111,8 +116,8 @@ class StreamedImages(IterableDataset):
         """Images of this worker: batches are dealt to the workers in turn."""
         worker = get_worker_info()
         if worker is None:
-            return self.images
-        batches = self.images // self.batch_size
+            return len(self)
+        batches = len(self) // self.batch_size
         return self.batch_size * (batches // worker.num_workers + (worker.id < batches % worker.num_workers))
 
     def _examples(self) -> Iterator[dict]:
@@ -153,10 +158,4 @@ def create_stream_loader(dataset: StreamedImages, workers: int = 0) -> DataLoade
             f"workers {workers} is more than the {shards} shards that each process streams: use --workers {shards}."
         )
     # Workers are started anew for every epoch, and so get to know it.
-    return DataLoader(
-        dataset,
-        batch_size=dataset.batch_size,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-    )
+    return DataLoader(dataset, batch_size=dataset.batch_size, **loading(workers) | dict(persistent_workers=False))

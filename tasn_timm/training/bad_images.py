@@ -40,11 +40,24 @@ class BadImages:
             if key in self.found:
                 continue
             self.found[key] = image
-            line = dict(split=self.split) | image._asdict()
-            print(f"unreadable image, another one is taken: {json.dumps(line)}", file=sys.stderr, flush=True)
+            line = self._line(image)
+            print(f"unreadable image, another one is taken: {line}", file=sys.stderr, flush=True)
             with self.file.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(line + "\n")
         self._check()
+
+    def state(self) -> list[list]:
+        """JSON values that `restore` takes: what this process has met."""
+        return [list(image) for image in self.found.values()]
+
+    def restore(self, state: list[list], everywhere: list[list]) -> None:
+        """Go on with what this process had met; the file is made anew from what all had."""
+        self.found = {(image.image_id, image.file): image for image in (BadImage(*each) for each in state)}
+        if self.accelerator.is_main_process:
+            distinct = dict.fromkeys(BadImage(*each) for each in everywhere)
+            self.file.unlink(missing_ok=True)
+            if distinct:
+                self.file.write_text("".join(self._line(image) + "\n" for image in distinct))
 
     def end_epoch(self) -> None:
         """Count what all processes have met.
@@ -55,6 +68,9 @@ class BadImages:
         if self.limit and self.accelerator.num_processes > 1:
             self.found = dict(gather_object(list(self.found.items())))
         self._check()
+
+    def _line(self, image: BadImage) -> str:
+        return json.dumps(dict(split=self.split) | image._asdict())
 
     def _check(self) -> None:
         if len(self.found) > self.limit:

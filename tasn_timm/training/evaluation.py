@@ -1,9 +1,11 @@
 """Exact evaluation over any number of processes, averages of several models, and the cost of an image."""
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 from accelerate import Accelerator
@@ -26,11 +28,13 @@ class Scores:
         correct: Images of each class that were recognised, (K,), on the CPU.
         counts: Images of each class, (K,), on the CPU.
         top5: Percent of images whose class is among the five best; None with 5 classes or less.
+        seconds: That it took.
     """
 
     correct: Tensor
     counts: Tensor
     top5: float | None
+    seconds: float = 0.0
 
     @property
     def images(self) -> int:
@@ -50,7 +54,13 @@ class Scores:
 
 
 @torch.inference_mode()
-def evaluate(accelerator: Accelerator, predict: Callable[..., Tensor], loader: DataLoader) -> Scores:
+def evaluate(
+    accelerator: Accelerator,
+    predict: Callable[..., Tensor],
+    loader: DataLoader,
+    check: Callable[[], None] | None = None,
+    batches: int | None = None,
+) -> Scores:
     """Accuracy over a split, every image counted once.
 
     Args:
@@ -58,21 +68,26 @@ def evaluate(accelerator: Accelerator, predict: Callable[..., Tensor], loader: D
         predict: A batch of the loader's images -> scores (B, K), the highest for the class. A model must be in
             evaluation mode.
         loader: Prepared loader of (images, labels).
+        check: Called after every batch; may raise to end it.
+        batches: Stop after so many; None: all.
     """
     hidden = not (accelerator.is_main_process and sys.stderr.isatty())
     correct = counts = in_top5 = 0
-    for images, labels, _ in tqdm(
-        loader, desc="evaluation", unit="batch", disable=hidden, leave=False, dynamic_ncols=True
-    ):
-        scores = predict(images)  # (B, K)
+    start = time.perf_counter()
+    options = dict(desc="evaluation", unit="batch", disable=hidden, leave=False, dynamic_ncols=True)
+    for batch in tqdm(islice(loader, batches), total=batches or len(loader), **options):
+        scores = predict(batch.images)  # (B, K)
         classes = scores.shape[1]
         best = scores.topk(min(5, classes)).indices
-        best, labels = (tensor.cpu() for tensor in accelerator.gather_for_metrics((best, labels)))
+        best, labels = (tensor.cpu() for tensor in accelerator.gather_for_metrics((best, batch.labels)))
         hits = best == labels[:, None]  # (B, 5)
         correct += labels[hits[:, 0]].bincount(minlength=classes)
         counts += labels.bincount(minlength=classes)
         in_top5 += int(hits.sum())
-    return Scores(correct, counts, 100 * in_top5 / int(counts.sum()) if classes > 5 else None)
+        if check:
+            check()
+    top5 = 100 * in_top5 / int(counts.sum()) if classes > 5 else None
+    return Scores(correct, counts, top5, time.perf_counter() - start)
 
 
 class Ensemble(nn.Module):

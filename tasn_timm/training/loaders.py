@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from hashlib import blake2b
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+import pyarrow.compute as pc
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
 from ..data.decoding import check_decoder
-from ..data.loading import create_loader
+from ..data.loading import KeyedBatches, create_loader, create_train_loader
 from ..data.split_names import find_split
 from ..data.splits import load_splits, pick_split, pinned
 from ..data.streaming import StreamedImages, create_stream_loader
@@ -50,72 +55,143 @@ def load_data(recipe: Recipe) -> tuple[Splits, str]:
             raise UserError(
                 f"splits {chosen['train']!r} and {chosen[role]!r} of {recipe.data!r} have different classes."
             )
+    if recipe.overfit_batches:
+        picked = _few(recipe, picked["train"])
     return picked, pinned(recipe.data, stream if recipe.streaming else splits)
 
 
-def build_loaders(recipe: Recipe, splits: Splits, batch_size: int, accelerator: Accelerator) -> dict[str, DataLoader]:
-    """Build and prepare the loaders of a recipe's splits.
+def _few(recipe: Recipe, split: datasets.Dataset) -> Splits:
+    """The images of a recipe's overfit_batches, to train and to validate on."""
+    images = min(len(split), recipe.overfit_batches * recipe.batch_size)
+    few = split.shuffle(seed=recipe.seed).select(range(images))
+    return dict(train=few, val=few)
 
-    Args:
-        recipe: Of the run.
-        splits: From `load_data`.
-        batch_size: Images of a forward pass of each process.
-        accelerator: Of the run.
+
+class Plan(NamedTuple):
+    """How an epoch's images become optimizer steps."""
+
+    images: int  # of an epoch
+    group: int  # of an optimizer step
+    passes: int  # forward passes of each process for a whole group
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch; the last one may be short."""
+        return math.ceil(self.images / self.group)
+
+    def steps_of(self, images: int) -> int:
+        """Optimizer steps that the first images of an epoch take."""
+        return math.ceil(images / self.group)
+
+    def passes_of(self, images: int) -> int:
+        """Forward passes of each process that they take."""
+        return math.ceil(images * self.passes / self.group)
+
+
+def plan_epoch(recipe: Recipe, split: datasets.Dataset | datasets.IterableDataset) -> Plan:
+    """Divide a training split into optimizer steps.
 
     Raises:
-        UserError: Too few images for a batch, or a transform that cannot be made.
+        UserError: It is smaller than one, or its size is unknown.
     """
-    images = _count(recipe, splits["train"])
+    images = _count(recipe, split)
     if images < recipe.batch_size:
         raise UserError(
             f"split {recipe.train_split!r} has {images} images, fewer than batch_size {recipe.batch_size}: use a "
             f"smaller batch_size."
         )
-    loaders = dict(train=_train_loader(recipe, splits["train"], images, batch_size, accelerator))
+    if recipe.drop_last:
+        images -= images % recipe.batch_size
+    return Plan(images, recipe.batch_size, recipe.grad_accum_steps)
+
+
+def build_loaders(
+    recipe: Recipe, splits: Splits, plan: Plan, batch_size: int, accelerator: Accelerator
+) -> dict[str, DataLoader]:
+    """Build and prepare the loaders of a recipe's splits.
+
+    Args:
+        recipe: Of the run.
+        splits: From `load_data`.
+        plan: Of the training split.
+        batch_size: Images of a forward pass of each process.
+        accelerator: Of the run.
+
+    Raises:
+        UserError: A transform cannot be made, or a short last step has too few images.
+    """
+    transform = eval_transform(recipe.img_size, recipe.resize)
+    loaders = dict(train=_train_loader(recipe, splits["train"], plan, batch_size, accelerator))
     for role in ("val", "test"):
         if role in splits:
-            transform = eval_transform(recipe.img_size, recipe.resize)
             loader = create_loader(splits[role], transform, batch_size, workers=recipe.workers)
             loaders[role] = accelerator.prepare(loader)
     return loaders
 
 
+def begin_epoch(loader: DataLoader, epoch: int, images: int, processes: int) -> None:
+    """Make a prepared training loader yield an epoch, without its first images (of all processes)."""
+    if isinstance(loader.dataset, StreamedImages):
+        loader.dataset.resume(epoch, images // processes)
+    else:
+        loader.batch_sampler.resume(epoch, images)
+    loader.set_epoch(epoch)
+
+
+def fingerprint(splits: Splits) -> str:
+    """What identifies the images of a run: classes, labels, file names and sizes in bytes, in order.
+
+    Files that are changed in place and keep their size are not noticed, nor is any change of a stream's.
+    """
+    known = blake2b(digest_size=8)
+    for role, split in splits.items():
+        known.update(repr((role, split.features["label"].names)).encode())
+        if not hasattr(split, "data"):  # a stream
+            continue
+        labels = split.with_format("numpy")["label"][:]
+        known.update(np.ascontiguousarray(labels, dtype=np.int64).tobytes())
+        for chunk in split.data.column("image").chunks:
+            paths, lengths = chunk.field("path").to_pylist(), pc.binary_length(chunk.field("bytes")).to_pylist()
+            for path, length in zip(paths, lengths):
+                if length is None and path and os.path.exists(path):  # a file beside the table
+                    length = os.path.getsize(path)
+                known.update(repr((path, length)).encode())
+    return known.hexdigest()
+
+
 def _train_loader(
-    recipe: Recipe, split: datasets.Dataset, images: int, batch_size: int, accelerator: Accelerator
+    recipe: Recipe, split: datasets.Dataset, plan: Plan, batch_size: int, accelerator: Accelerator
 ) -> DataLoader:
-    transform = train_transform(
-        recipe.img_size,
-        recipe.resize,
-        recipe.crop_padding,
-        recipe.hflip,
-        recipe.degrees,
-        recipe.color_jitter,
-        recipe.pca_noise,
-        recipe.aa,
-        recipe.reprob,
-    )
+    transform = eval_transform(recipe.img_size, recipe.resize)
+    if not recipe.overfit_batches:
+        transform = train_transform(
+            recipe.img_size,
+            recipe.resize,
+            recipe.crop_padding,
+            recipe.hflip,
+            recipe.degrees,
+            recipe.color_jitter,
+            recipe.pca_noise,
+            recipe.aa,
+            recipe.reprob,
+        )
     reading = dict(
         decoder=recipe.decoder,
         min_side=2 * (recipe.resize or recipe.img_size),  # the rest is for the resize, which is antialiased
         max_bad_images=recipe.max_bad_images,
     )
-    if not recipe.streaming:
-        options = dict(seed=recipe.seed, multiple=recipe.batch_size, workers=recipe.workers)
-        return accelerator.prepare(create_loader(split, transform, batch_size, **options, **reading))
-    share = (images - images % recipe.batch_size) // accelerator.num_processes
-    dataset = StreamedImages(
-        split,
-        transform,
-        share,
-        batch_size,
-        seed=recipe.seed,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
-        **reading,
-    )
-    # Already divided among the processes: accelerate would let each read everything and drop most of it.
-    loader = create_stream_loader(dataset, recipe.workers)
-    return prepare_data_loader(loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True)
+    processes = dict(process=accelerator.process_index, processes=accelerator.num_processes)
+    if recipe.streaming:
+        share = plan.images // accelerator.num_processes
+        stream = StreamedImages(split, transform, share, batch_size, seed=recipe.seed, **processes, **reading)
+        loader = create_stream_loader(stream, recipe.workers)
+    else:
+        divided = dict(steps=recipe.grad_accum_steps, drop_last=recipe.drop_last)
+        batches = KeyedBatches(len(split), recipe.seed, recipe.batch_size, **processes, **divided)
+        loader = create_train_loader(split, transform, batches, workers=recipe.workers, **reading)
+    # Already divided among the processes: accelerate would divide once more.
+    whole = dict(num_processes=1, process_index=0)
+    return prepare_data_loader(loader, accelerator.device, **whole, put_on_device=True, non_blocking=True)
 
 
 def _count(recipe: Recipe, split: datasets.Dataset | datasets.IterableDataset) -> int:

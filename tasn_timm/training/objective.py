@@ -1,5 +1,6 @@
 """What a model is trained for: TASN's loss, or plain cross-entropy for any other timm model."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,19 +32,38 @@ def create_objective(model: nn.Module, recipe: Recipe) -> Objective:
         UserError: An option of the recipe that has no effect on this model.
     """
     options = {name: getattr(recipe, name) for name in LOSS_OPTIONS}
+    mixed = recipe.mixup or recipe.cutmix  # then smoothing is part of the targets
+    smoothing = 0.0 if mixed else recipe.smoothing
     if not isinstance(model, TASN):
         no_effect(Recipe, options, f"model {recipe.model}, which is not a TASN")
-        return lambda output, target: dict(loss=F.cross_entropy(output, target, label_smoothing=recipe.smoothing))
+        return lambda output, target: dict(loss=F.cross_entropy(output, target, label_smoothing=smoothing))
+    if mixed and model.part_net:
+        raise UserError(
+            f"mixup={recipe.mixup}, cutmix={recipe.cutmix} make no sense with a part net: the detail image shows a "
+            f"part of one of the two pictures, and would teach both of their classes. Leave them out, or set "
+            f"part_net=False."
+        )
     if not model.part_net:
         no_effect(Recipe, options, "part_net=False", except_for=["attention_weight"])
     if not model.master_net:
         no_effect(Recipe, options, "master_net=False", except_for=["attention_weight", "part_weight"])
     model.set_distilled_training(True)
-    return TASNLoss(**options, smoothing=recipe.smoothing, heads=model.heads.heads)
+    return TASNLoss(**options, smoothing=smoothing, heads=model.heads.heads)
 
 
-def micro_batch_size(recipe: Recipe, processes: int, model: nn.Module) -> int:
+def smallest_batch(model: nn.Module) -> int:
+    """Fewest images that a forward pass in training may have: BatchNorm needs 2."""
+    return 2 if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()) else 1
+
+
+def micro_batch_size(recipe: Recipe, processes: int, model: nn.Module, rest: int = 0) -> int:
     """Images per process and forward pass, from the recipe's images per optimizer step.
+
+    Args:
+        recipe: Of the run.
+        processes: Of the run.
+        model: To be trained.
+        rest: Images of a short last step of an epoch.
 
     Raises:
         UserError: They cannot be divided evenly, or single images would meet BatchNorm.
@@ -55,9 +75,21 @@ def micro_batch_size(recipe: Recipe, processes: int, model: nn.Module) -> int:
             f"{recipe.grad_accum_steps} accumulation steps: use a multiple of {shares}."
         )
     size = recipe.batch_size // shares
-    if size == 1 and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    least = smallest_batch(model)
+    if size < least:
         raise UserError(
             f"batch_size {recipe.batch_size} leaves 1 image per forward pass, but {recipe.model} has BatchNorm, which "
             f"needs at least 2: use batch_size {2 * shares} or more."
+        )
+    last = rest // (math.ceil(rest / (size * processes)) * processes) if rest else size
+    if last < least:
+        raise UserError(
+            f"the last step of an epoch has {rest} images for {processes} processes, and each forward pass of "
+            f"{recipe.model} needs {least}: use another batch_size than {recipe.batch_size}, or --drop-last."
+        )
+    if (recipe.mixup or recipe.cutmix) and (size % 2 or rest):
+        raise UserError(
+            f"mixup and cutmix need an even number of images in each forward pass, got {size}"
+            f"{' and others in the last one' if rest else ''}: use an even batch size, and drop_last."
         )
     return size

@@ -3,19 +3,27 @@
 import json
 import math
 import platform
+import re
 import shlex
+import shutil
 import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from ..errors import UserError
 from ..hub import Measured, save_folder
 from ..recipe import Recipe, save_recipe
+from .checkpoints import Checkpoint, digest, link_or_copy
 from .evaluation import Scores, count_flops
 from .progress import Progress
 
@@ -33,12 +41,13 @@ PACKAGES = (
 
 
 class Run:
-    """A new folder OUTPUT/NAME, or NAME-1, NAME-2, ... where that exists.
+    """A new folder OUTPUT/NAME, or NAME-1, NAME-2, ... where that exists; or one of them, to go on.
 
         recipe.yaml       every option as used
-        environment.json  versions, machine, number of processes, command
-        metrics.jsonl     one line an epoch, then one for the test split
+        environment.json  versions, machine, number of processes, command; and where it was resumed
+        metrics.jsonl     a line every log_interval batches ("step"), every epoch ("epoch"), and for the test ("test")
         last/  best/      models in timm's Hub format; best by the validation split, the last one where there is none
+        checkpoints/      everything that it takes to go on
 
     The main process writes; the folder must be visible to all of them.
 
@@ -49,6 +58,10 @@ class Run:
         model: Not yet prepared; its parameters are read at every save.
         label_names: Of the classes, in order.
         data_config: timm's description of the input.
+        resume: Folder of a run to go on with; "auto": the newest one of this name, if any; None for a new one.
+
+    Raises:
+        UserError: There is no such folder, or none can be made.
     """
 
     def __init__(
@@ -59,6 +72,7 @@ class Run:
         model: nn.Module,
         label_names: list[str],
         data_config: dict,
+        resume: str | None = None,
     ) -> None:
         self.name = name
         self.recipe = recipe
@@ -69,46 +83,86 @@ class Run:
         self.command = shlex.join(["accelerate", "launch", *sys.argv])
         self.best_top1 = -1.0
         self.test_scores: Scores | None = None
-        folder = _new_folder(Path(recipe.output), name) if accelerator.is_main_process else None
-        self.folder = broadcast_object_list([folder])[0]
+        folder = None
         if accelerator.is_main_process:
-            save_recipe(recipe, self.folder / "recipe.yaml")
-            self._save_environment()
+            folder = find_folder(resume, Path(recipe.output), name) or _new_folder(Path(recipe.output), name)
+        self.folder = broadcast_object_list([folder])[0]
 
-    def end_epoch(self, epoch: int, progress: Progress, lr: float, scores: Scores | None) -> None:
+    def begin(self) -> None:
+        """Write down what begins, over whatever a run that was ended before its first checkpoint has left."""
+        if self.accelerator.is_main_process:
+            for name in ("metrics.jsonl", "bad_images.jsonl"):
+                (self.folder / name).unlink(missing_ok=True)
+            save_recipe(self.recipe, self.folder / "recipe.yaml")
+            self._write_environment(self._environment())
+        self._start_trackers()
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go back to a checkpoint: what was logged later is dropped, and a best model that came later, too."""
+        self.best_top1 = checkpoint.about["best_top1"]
+        if self.accelerator.is_main_process:
+            for left in (path for name in ("best", "last") for path in self.folder.glob(f".{name}.*")):
+                shutil.rmtree(left)
+            self._restore_best(checkpoint.folder / "best.safetensors")
+            aside = self.folder / ".metrics.jsonl"
+            shutil.copyfile(checkpoint.folder / "metrics.jsonl", aside)
+            aside.replace(self.folder / "metrics.jsonl")
+            before = json.loads((self.folder / "environment.json").read_text())
+            resumed = dict(checkpoint=checkpoint.folder.name) | self._environment()
+            self._write_environment(before | dict(resumed=[*before.get("resumed", []), resumed]))
+        self._start_trackers()
+
+    def keep_in(self, folder: Path) -> None:
+        """Put what `restore` needs into a checkpoint's folder."""
+        if (self.folder / "best").exists():
+            link_or_copy(self.folder / "best" / "model.safetensors", folder / "best.safetensors")
+        metrics = self.folder / "metrics.jsonl"
+        (folder / "metrics.jsonl").write_bytes(metrics.read_bytes() if metrics.exists() else b"")
+
+    def log(self, step: int, **values: Any) -> None:
+        """Add a line to metrics.jsonl and the trackers, on the main process."""
+        values = dict(step=step) | values
+        if self.accelerator.is_main_process:
+            with self.writing("metrics.jsonl"), (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(_finite(values), allow_nan=False) + "\n")
+        self.accelerator.log(dict(_flat(values)), step=step)
+
+    def end_epoch(
+        self,
+        epoch: int,
+        step: int,
+        progress: Progress,
+        rates: dict[str, float],
+        scores: Scores | None,
+        zoom: dict[str, float] | None,
+    ) -> None:
         """Log an epoch and save its model as last/, and as best/ when its validation accuracy is the highest so far."""
-        losses = progress.reduced_means()
-        if not all(map(math.isfinite, losses.values())):
-            raise UserError(
-                f"the loss is not finite in epoch {epoch + 1} ({losses}): lower lr ({self.recipe.lr}) or set clip_grad."
-                f" The models in {str(self.folder)!r} are those of the epochs before."
-            )
-        images = progress.batches * self.recipe.batch_size // self.recipe.grad_accum_steps  # on all processes
+        means, speed = progress.epoch.means.read(self.accelerator), progress.epoch.speed(self.accelerator.device)
         improved = scores is None or scores.top1 > self.best_top1
         if scores is not None and improved:
             self.best_top1 = scores.top1
+        validation = scores.metrics if scores else None
+        self.log(step, epoch=epoch + 1, **rates, train=means, validation=validation, zoom=zoom, speed=speed)
         if not self.accelerator.is_main_process:
             return
-        speed = images / progress.seconds
-        logged = scores.metrics if scores else None
-        self._log(epoch=epoch + 1, lr=lr, images_per_second=round(speed, 1), train=losses, validation=logged)
         validation = f"  validation top-1 {scores.top1:.1f} %" if scores else ""
-        print(f"{progress.title}  loss {losses['loss']:.3f}{validation}  {speed:.0f} images/s", flush=True)
-        save_folder(self.model, self.folder / "last", **self.saved_with)
+        rate = f"{speed['images_per_second']:.0f} images/s"
+        print(f"{progress.title}  loss {means['loss']:.3f}{validation}  {rate}", flush=True)
+        self._save_model("last")
         if improved:
-            save_folder(self.model, self.folder / "best", **self.saved_with)
+            self._save_model("best")
 
     def load_best(self) -> None:
         """Put the weights of best/ into the model, on every process."""
         self.accelerator.wait_for_everyone()
         self.model.load_state_dict(load_file(self.folder / "best" / "model.safetensors"))
 
-    def finish(self, scores: Scores) -> None:
+    def finish(self, step: int, scores: Scores) -> None:
         """Log the test scores and write them into the card of best/."""
         self.test_scores = scores
+        self.log(step, test=scores.metrics)
         if not self.accelerator.is_main_process:
             return
-        self._log(test=scores.metrics)
         measured = Measured(
             dataset=self.recipe.data,
             split=self.recipe.test_split,
@@ -119,7 +173,7 @@ class Run:
             command=self.command,
             gflops=self.flops / 1e9,
         )
-        save_folder(self.model, self.folder / "best", **self.saved_with, measured=measured)
+        self._save_model("best", measured=measured)
 
     def how_to_load(self) -> str:
         """The Python that loads best/."""
@@ -128,12 +182,55 @@ class Run:
             f'model = timm.create_model("local-dir:{self.folder / "best"}", pretrained=True).eval()'
         )
 
-    def _log(self, **values: object) -> None:
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(values, allow_nan=False) + "\n")
+    def close(self) -> None:
+        """End the trackers of this run; another one may follow in the same process."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.trackers.clear()
 
-    def _save_environment(self) -> None:
-        environment = dict(
+    @contextmanager
+    def writing(self, name: str) -> Iterator[None]:
+        """Tell in one line what could not be written."""
+        try:
+            yield
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors have their own
+            raise UserError(
+                f"{str(self.folder / name)!r} cannot be written: {error}. The checkpoints are untouched: make room, "
+                f"then go on with --resume auto."
+            ) from error
+
+    def _save_model(self, name: str, measured: Measured | None = None) -> None:
+        with self.writing(name):
+            save_folder(self.model, self.folder / name, **self.saved_with, measured=measured)
+
+    def _restore_best(self, weights: Path) -> None:
+        best = self.folder / "best" / "model.safetensors"
+        if weights.exists() and not (best.exists() and digest(best) == digest(weights)):
+            self.model.load_state_dict(load_file(weights))
+            shutil.rmtree(self.folder / "best", ignore_errors=True)
+            self._save_model("best")
+
+    def _start_trackers(self) -> None:
+        if not self.recipe.trackers:
+            return
+        self.accelerator.project_configuration.logging_dir = str(self.folder)
+        settings = dict(name=self.folder.name, resume="allow")
+        options = dict(wandb=settings | dict(id=self._identifier(), dir=str(self.folder)), trackio=settings)
+        config = {
+            name: value if isinstance(value, (int, float)) else str(value) for name, value in vars(self.recipe).items()
+        }
+        self.accelerator.init_trackers(
+            "tasn_timm", config, {name: options[name] for name in self.recipe.trackers if name in options}
+        )
+
+    def _identifier(self) -> str:
+        """The same for a run that is resumed, and no other one's."""
+        path = self.folder / "environment.json"
+        return json.loads(path.read_text())["id"] if self.accelerator.is_main_process else ""
+
+    def _environment(self) -> dict[str, Any]:
+        return dict(
+            id=uuid.uuid4().hex[:12],
             versions={package: version(package) for package in PACKAGES},
             python=platform.python_version(),
             machine=platform.machine(),
@@ -143,7 +240,57 @@ class Run:
             mixed_precision=self.accelerator.mixed_precision,
             command=self.command,
         )
-        (self.folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+
+    def _write_environment(self, environment: dict[str, Any]) -> None:
+        aside = self.folder / ".environment.json"
+        aside.write_text(json.dumps(environment, indent=2) + "\n")
+        aside.replace(self.folder / "environment.json")
+
+
+def _finite(values: Any) -> Any:
+    """Values with None, which JSON has, for NaN and infinities: of steps that fp16 has skipped, say."""
+    if isinstance(values, dict):
+        return {name: _finite(value) for name, value in values.items()}
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("train/loss", 1.2) and so on."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        elif value is not None and not isinstance(value, list):
+            yield prefix + name, value
+
+
+def find_folder(resume: str | None, output: Path, name: str) -> Path | None:
+    """Find the folder of a run to go on with.
+
+    Args:
+        resume: It; or "auto": the newest of OUTPUT/NAME, NAME-1, NAME-2, ...
+        output: Folder of the runs.
+        name: Of the run.
+
+    Returns:
+        None for a new run: with None, and with "auto" where there is none, or only one without checkpoints.
+
+    Raises:
+        UserError: A folder that is no run.
+    """
+    if resume is None:
+        return None
+    if resume != "auto":
+        if not (Path(resume) / "checkpoints").is_dir():
+            raise UserError(f"--resume {resume!r} is no folder with checkpoints: give that of a run, or auto.")
+        return Path(resume)
+    pattern = re.compile(rf"{re.escape(name)}(?:-(\d+))?")
+    folders = [(int(match[1] or 0), path) for path in output.glob("*") if (match := pattern.fullmatch(path.name))]
+    folders = [folder for folder in folders if folder[1].is_dir()]
+    if not folders:
+        return None
+    newest = max(folders)[1]
+    done = any((newest / name).exists() for name in ("best", "last"))
+    return None if done and not (newest / "checkpoints").exists() else newest
 
 
 def _new_folder(output: Path, name: str) -> Path:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-from tasn_timm.data.loading import create_loader
+from tasn_timm.data.loading import KeyedBatches, create_train_loader
 from tasn_timm.data.splits import load_splits
 from tasn_timm.data.transforms import PCA_AXES, PCA_SCALES, Normalize, train_transform
 
@@ -79,11 +79,11 @@ def write_photographs(folder: Path, count: int, size: tuple[int, int]) -> None:
 def our_loader(folder: Path, decoder: str, **augmentation: float) -> Callable[[], float]:
     """One epoch, in images."""
     transform = train_transform(SIZE, **augmentation)
-    loader = create_loader(
-        load_splits(str(folder))["train"], transform, BATCH, seed=0, decoder=decoder, min_side=2 * SIZE
-    )
+    split = load_splits(str(folder))["train"]
+    batches = KeyedBatches(len(split), 0, BATCH)
+    loader = create_train_loader(split, transform, batches, decoder=decoder, min_side=2 * SIZE)
     normalize = Normalize(MEAN, STD)
-    return lambda: sum(len(normalize(images)) for images, _, _ in loader)
+    return lambda: sum(len(normalize(batch.images)) for batch in loader)
 
 
 def timm_loader(

@@ -76,7 +76,7 @@ def measure(folder: Path, cache: Path, workers: int) -> dict[str, float]:
     import datasets
 
     datasets.config.HF_DATASETS_CACHE = cache
-    from tasn_timm.data.loading import create_loader
+    from tasn_timm.data.loading import KeyedBatches, create_train_loader
     from tasn_timm.data.splits import load_splits, pick_split
     from tasn_timm.data.transforms import train_transform
 
@@ -84,7 +84,7 @@ def measure(folder: Path, cache: Path, workers: int) -> dict[str, float]:
     start = time.perf_counter()
     split = pick_split(load_splits(str(folder)), "train", "train_split", "generated")
     opened = time.perf_counter()
-    loader = create_loader(split, train_transform(24), 96, seed=0, multiple=96, workers=workers)
+    loader = create_train_loader(split, train_transform(24), KeyedBatches(len(split), 0, 96), workers=workers)
     batches = iter(loader)
     next(batches)
     first = time.perf_counter()

@@ -1,0 +1,29 @@
+"""Loading processes that a signal to the whole group does not kill."""
+
+import os
+import signal
+import threading
+
+
+def outlive_signals(worker: int) -> None:
+    """Make a DataLoader's worker leave SIGTERM and SIGINT to the process that trains; its worker_init_fn.
+
+    A launcher's SIGTERM and a terminal's Ctrl-C reach the workers, too, and without them the training process could not
+    go on to the end of its step and save. Merely ignoring the signals would keep persistent workers alive for ever,
+    since Python ends them by SIGTERM: a worker therefore ends when its parent is the sender.
+
+    Linux only: where the sender cannot be known (macOS, Windows) workers are left as they are, and a signal to the
+    group ends the run as a kill would.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signals = (signal.SIGTERM, signal.SIGINT)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    threading.Thread(target=_end_with, args=(os.getppid(), signals), daemon=True).start()
+
+
+def _end_with(parent: int, signals: tuple[signal.Signals, ...]) -> None:
+    while True:
+        info = signal.sigwaitinfo(signals)
+        if info.si_pid == parent:
+            os._exit(128 + info.si_signo)

@@ -1,0 +1,142 @@
+"""What a recipe says, as objects: the model, and all that trains it."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+from accelerate import Accelerator
+from timm.data import Mixup
+from timm.layers import convert_sync_batchnorm
+from timm.optim import create_optimizer_v2, get_optimizer_info
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..attention_net import backbone_cfg
+from ..data.transforms import Normalize
+from ..errors import UserError
+from ..hub import check_folder
+from ..recipe import Recipe
+from .freezing import FreezeSchedule
+from .objective import Objective, create_objective
+
+
+class Parts(NamedTuple):
+    """What an update takes."""
+
+    model: nn.Module
+    objective: Objective
+    optimizer: Optimizer
+    scheduler: Scheduler
+    normalize: nn.Module
+    average: ModelEmaV3 | None  # of the weights
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None  # images and labels with others of the batch
+    freeze: FreezeSchedule
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Learning rate "lr"; where groups of parameters have their own, the highest one, and "lr_lowest"."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return dict(lr=max(rates)) | (dict(lr_lowest=min(rates)) if min(rates) < max(rates) else {})
+
+
+def build_model(recipe: Recipe, classes: int) -> nn.Module:
+    """Create the recipe's timm model for the dataset's classes."""
+    if recipe.num_classes not in (None, classes):
+        raise UserError(
+            f"num_classes is {recipe.num_classes}, but dataset {recipe.data!r} has {classes} classes: set num_classes "
+            f"to {classes} or leave it out."
+        )
+    if recipe.model.startswith("local-dir:"):
+        check_folder(Path(recipe.model.removeprefix("local-dir:")))
+        if not recipe.pretrained:
+            raise UserError(
+                f"model {recipe.model} without pretrained would start from random weights: add --pretrained."
+            )
+    elif not recipe.model.startswith("hf-hub:"):
+        backbone_cfg(recipe.model)  # fails with the names that come close
+    try:
+        model = timm.create_model(recipe.model, recipe.pretrained, num_classes=classes, **recipe.model_kwargs)
+    except UserError:
+        raise
+    except (TypeError, ValueError, AssertionError) as error:  # timm's ways to refuse an argument
+        raise UserError(f"model_kwargs {recipe.model_kwargs} do not fit {recipe.model}: {error}.") from error
+    except (RuntimeError, OSError) as error:  # no such weights, or no way to get them
+        raise UserError(f"model {recipe.model} cannot be made: {' '.join(str(error).split())}") from error
+    if model.in_chans != 3:
+        raise UserError(f"model_kwargs in_chans={model.in_chans}: pictures have 3 channels here; leave it out.")
+    smallest = max(getattr(model, "sample_size", (0,)))
+    if recipe.img_size < smallest:
+        raise UserError(
+            f"img_size {recipe.img_size} is smaller than the {smallest} pixels that {recipe.model} samples from it: "
+            f"use img_size {smallest} or more, or a smaller sample_size in model_kwargs."
+        )
+    if recipe.sync_bn:
+        model = convert_sync_batchnorm(model)
+    return model.to(memory_format=torch.channels_last) if recipe.channels_last else model
+
+
+def crop_share(img_size: int, resize: int) -> float:
+    """timm's crop_pct for a crop of img_size from a short side of resize; timm rounds img_size / crop_pct down."""
+    share = img_size / resize
+    return share if math.floor(img_size / share) == resize else math.nextafter(share, 0)
+
+
+def build_parts(recipe: Recipe, model: nn.Module, updates: int, data_config: dict) -> Parts:
+    """All that trains a model which makes so many updates an epoch, for pictures of timm's `data_config`."""
+    arguments = dict(
+        lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum, layer_decay=recipe.layer_decay
+    )
+    try:
+        optimizer = create_optimizer_v2(model, recipe.opt, **arguments, **recipe.opt_kwargs)
+    except (TypeError, ValueError, AssertionError) as error:
+        momentum = f"momentum {recipe.momentum} and " if get_optimizer_info(recipe.opt).has_momentum else ""
+        given = f"{momentum}opt_kwargs {recipe.opt_kwargs}"
+        raise UserError(f"opt {recipe.opt} does not take {given}: {error}.") from error
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        recipe.sched,
+        num_epochs=recipe.epochs,
+        warmup_epochs=recipe.warmup_epochs,
+        warmup_lr=recipe.warmup_lr,
+        min_lr=recipe.min_lr,
+        decay_milestones=recipe.decay_milestones,
+        decay_rate=recipe.decay_rate,
+        step_on_epochs=False,
+        updates_per_epoch=updates,
+    )
+    return Parts(
+        model=model,
+        objective=create_objective(model, recipe),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        normalize=Normalize(data_config["mean"], data_config["std"]),
+        average=ModelEmaV3(model, decay=recipe.model_ema_decay) if recipe.model_ema_decay else None,
+        mix=_mixup(recipe, model),
+        freeze=FreezeSchedule(model, recipe.freeze, recipe.epochs),
+    )
+
+
+def _mixup(recipe: Recipe, model: nn.Module) -> Mixup | None:
+    if not recipe.mixup and not recipe.cutmix:
+        return None
+    return Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=model.num_classes)
+
+
+def prepare_parts(parts: Parts, accelerator: Accelerator) -> Parts:
+    """Bring them to the device and wrap them for all processes.
+
+    Not the scheduler, which Accelerate would step once per process. An average is not trained, so it is compiled and
+    computes in mixed precision without being wrapped for several processes.
+    """
+    return parts._replace(
+        model=accelerator.prepare(parts.model),
+        optimizer=accelerator.prepare(parts.optimizer),
+        normalize=parts.normalize.to(accelerator.device),
+        average=parts.average and parts.average.to(accelerator.device),
+    )

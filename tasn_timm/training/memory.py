@@ -1,0 +1,62 @@
+"""How much memory a training takes, and what is said when there is not enough."""
+
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+
+from ..errors import UserError
+from ..recipe import Recipe
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of a GPU, what tensors took at most; on a CPU, what the process took."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@contextmanager
+def out_of_memory(
+    recipe: Recipe, accelerator: Accelerator, batch_size: int, fits: Callable[[int], bool] = lambda steps: True
+) -> Iterator[None]:
+    """Within it, running out of memory is told with a setting of the same result that needs less.
+
+    Args:
+        recipe: Of the run.
+        accelerator: Of the run.
+        batch_size: Images of a forward pass.
+
+    Raises:
+        UserError: Out of memory.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch has no class of its own for a CPU
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and "DefaultCPUAllocator" not in str(error):
+            raise
+        processes = accelerator.num_processes
+        steps = next(filter(fits, _more_steps(recipe, processes, batch_size)), None)
+        advice = (
+            f"--grad-accum-steps {steps} has the same batch_size {recipe.batch_size} with "
+            f"{recipe.batch_size // (processes * steps)} images at a time"
+            if steps
+            else "use a smaller --batch-size"
+        )
+        raise UserError(
+            f"out of memory with {batch_size} images of {recipe.img_size} x {recipe.img_size} pixels at a time "
+            f"(batch_size {recipe.batch_size} / {processes} processes / {recipe.grad_accum_steps} grad_accum_steps) on "
+            f"{accelerator.device}: {advice}; --mixed-precision bf16 needs less, too."
+        ) from error
+
+
+def _more_steps(recipe: Recipe, processes: int, batch_size: int) -> Iterator[int]:
+    """Accumulation steps with at most half as many images in each, but 2 or more; the fewest first."""
+    for size in range(batch_size // 2, 1, -1):
+        if recipe.batch_size % (processes * size) == 0:
+            yield recipe.batch_size // (processes * size)
