@@ -189,8 +189,8 @@ def _train_loader(
         divided = dict(steps=recipe.grad_accum_steps, drop_last=recipe.drop_last)
         batches = KeyedBatches(len(split), recipe.seed, recipe.batch_size, **processes, **divided)
         loader = create_train_loader(split, transform, batches, workers=recipe.workers, **reading)
-    # Already divided among the processes: accelerate would divide once more.
-    whole = dict(num_processes=1, process_index=0)
+    # Already divided among the processes: accelerate would divide once more, or let the main one read a stream for all.
+    whole = dict(num_processes=1, process_index=0, dispatch_batches=False)
     return prepare_data_loader(loader, accelerator.device, **whole, put_on_device=True, non_blocking=True)
 
 
