@@ -208,6 +208,7 @@ def test_workers_outlive_signals_of_others_and_end_with_their_parent():
         time.sleep(10)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the sender of a signal cannot be known here")
 @pytest.mark.parametrize("end", ["pass", "import sys; sys.exit(3)", "raise ValueError", "os.kill(os.getpid(), 9)"])
 def test_no_end_of_the_training_process_hangs_or_leaves_workers_behind(tmp_path, end):
