@@ -8,8 +8,9 @@ python train_accelerate.py --help                                      # every o
 
 import json
 import sys
+from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tasn_timm.data.loading import keyed_randomness, keyed_seed, seed_torch
+from tasn_timm.data.loading import Batch, keyed_randomness, keyed_seed, seed_torch
 from tasn_timm.data.splits import class_names
 from tasn_timm.errors import Interrupted, UserError, run_command
 from tasn_timm.recipe import Launch, Recipe, load_recipe, parse_args, recipe_name
@@ -29,7 +30,7 @@ from tasn_timm.training.build import Parts, build_model, build_parts, crop_share
 from tasn_timm.training.dry_run import estimate, temporary_output
 from tasn_timm.training.evaluation import Scores, evaluate
 from tasn_timm.training.gradients import Step, clip_gradient
-from tasn_timm.training.loaders import Plan, begin_epoch, build_loaders, fingerprint, load_data, plan_epoch
+from tasn_timm.training.loaders import Plan, batches_from, build_loaders, fingerprint, load_data, plan_epoch
 from tasn_timm.training.memory import out_of_memory
 from tasn_timm.training.objective import micro_batch_size
 from tasn_timm.training.progress import Progress, crosses
@@ -84,7 +85,6 @@ class Built(NamedTuple):
     parts: Parts
     scored: nn.Module  # what is evaluated and published: the model or the average of its weights, not wrapped
     predict: nn.Module  # pixels to its logits
-    batch_size: int  # images of a forward pass
 
 
 def build(recipe: Recipe, accelerator: Accelerator) -> Built:
@@ -108,7 +108,7 @@ def build(recipe: Recipe, accelerator: Accelerator) -> Built:
     parts = prepare_parts(parts, accelerator)
     prepared = accelerator.prepare_model(scored, evaluation_mode=True) if parts.average else parts.model
     predict = nn.Sequential(parts.normalize, prepared)
-    return Built(recipe, names, plan, loaders, data_config, fingerprint(splits), parts, scored, predict, batch_size)
+    return Built(recipe, names, plan, loaders, data_config, fingerprint(splits), parts, scored, predict)
 
 
 def train(name: str, recipe: Recipe, launch: Launch, accelerator: Accelerator) -> Run:
@@ -119,19 +119,13 @@ def train(name: str, recipe: Recipe, launch: Launch, accelerator: Accelerator) -
     bad_images = BadImages(recipe.max_bad_images, recipe.train_split, run.folder / "bad_images.jsonl", accelerator)
     state = TrainingState(recipe, accelerator, plan, built.parts, run, bad_images, built.fingerprint)
     probe = ZoomProbe(built.scored, loaders.get("val", loaders["train"]), built.parts.normalize, accelerator)
-    if not (launch.resume and state.resume(launch.resume_inexact)):
+    if not (launch.resume and state.resume(launch.resume, launch.resume_inexact)):
         run.begin()
         state.save()
 
-    def fits(steps: int) -> bool:
-        try:
-            fewer = replace(recipe, grad_accum_steps=steps)
-            micro_batch_size(fewer, accelerator.num_processes, built.scored, plan.images % plan.group)
-        except UserError:
-            return False
-        return True
-
-    with StopRequest(accelerator) as stop, closing(run), out_of_memory(recipe, accelerator, built.batch_size, fits):
+    batches = batches_from(loaders["train"], *astuple(state.position), accelerator.num_processes)
+    rest = plan.images % plan.group
+    with StopRequest(accelerator) as stop, closing(run), out_of_memory(recipe, accelerator, built.scored, rest):
 
         def scores(role: str) -> Scores | None:
             if role not in loaders:
@@ -139,43 +133,48 @@ def train(name: str, recipe: Recipe, launch: Launch, accelerator: Accelerator) -
             return evaluate(accelerator, built.predict.eval(), loaders[role], stop.check, launch.eval_batches)
 
         try:
-            while state.position.epoch < recipe.epochs and (
-                state.position.images or not state.ends_at(launch.train_steps)
-            ):
+            while state.goes_on(launch.train_steps):
                 epoch = state.position.epoch
-                progress = train_one_epoch(name, launch, accelerator, built, state, stop)
+                progress = train_one_epoch(name, launch, accelerator, built, state, batches, stop)
                 validation = scores("val")
                 run.end_epoch(epoch, state.step, progress, built.parts.rates, validation, probe.measure())
                 if state.position.images < plan.images:  # train_steps ended it
                     break
                 state.end_epoch()
-        except Interrupted:
+        except Interrupted as stopped:
+            if launch.dry_run:
+                raise
             state.save()
-            raise
+            raise Interrupted(f"{stopped}; --resume auto goes on", stopped.number) from None
         if "test" in loaders:
             run.load_best()
             run.finish(state.step, scores("test"))
     if launch.dry_run:
-        state.resume(inexact=False)
+        state.resume("auto")
         accelerator.print(estimate(recipe, plan, progress, loaders, run.test_scores or validation, run.folder))
     accelerator.free_memory()
     return run
 
 
 def train_one_epoch(
-    name: str, launch: Launch, accelerator: Accelerator, built: Built, state: TrainingState, stop: StopRequest
+    name: str,
+    launch: Launch,
+    accelerator: Accelerator,
+    built: Built,
+    state: TrainingState,
+    batches: Iterator[Batch],
+    stop: StopRequest,
 ) -> Progress:
     """One pass over the training split, or what is left of it; returns the averaged losses."""
-    recipe, plan, parts, loader = built.recipe, built.plan, built.parts, built.loaders["train"]
+    recipe, plan, parts = built.recipe, built.plan, built.parts
     epoch, processes = state.position.epoch, accelerator.num_processes
     parts.model.train()
     parts.freeze.begin_epoch(epoch)
-    begin_epoch(loader, epoch, state.position.images, processes)
     done = plan.passes_of(state.position.images)
     title = f"{name} epoch {epoch + 1}/{recipe.epochs}"
-    progress = state.begin_epoch(Progress(accelerator, title, done, done + len(loader)))
+    progress = state.begin_epoch(Progress(accelerator, title, done, plan.passes_of(plan.images)))
     losses, ids = [], []  # of the forward passes of a step
-    for index, batch in enumerate(progress.over(loader), start=done):
+    for index, batch in enumerate(progress.over(batches), start=done):
         if state.ends_at(launch.train_steps):
             state.save()
             break
@@ -232,8 +231,9 @@ def validate(name: str, recipe: Recipe, launch: Launch, accelerator: Accelerator
         raise UserError("--validate-only needs a validation split: name one with --val-split.")
     built = build(recipe, accelerator)
     if launch.resume:
-        load_weights(launch.resume, Path(recipe.output), name, built.scored)
-    scores = evaluate(accelerator, built.predict.eval(), built.loaders["val"])
+        load_weights(launch.resume, Path(recipe.output), name, built.scored, built.label_names)
+    with out_of_memory(recipe, accelerator, built.scored):
+        scores = evaluate(accelerator, built.predict.eval(), built.loaders["val"])
     accelerator.print(json.dumps(dict(split=recipe.val_split) | scores.metrics))
 
 

@@ -76,8 +76,9 @@ def run_command(main: Callable[[], None]) -> int:
     except (UserError, NumericalError) as error:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f"process {rank}: "  # an unreadable image, say, is met by one process only
-        # A DataLoader's worker hands its error over with its traceback, the message last.
-        print(f"{where}error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
+        if rank == "0" or isinstance(error, UserError):  # all processes agree on numbers
+            # A DataLoader's worker hands its error over with its traceback, the message last.
+            print(f"{where}error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 3
     except Interrupted as stop:
         if os.environ.get("RANK", "0") == "0":

@@ -2,14 +2,20 @@
 
 import json
 import socket
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import save_file
+from training_runs import SMALL, train_accelerate
+
+from tasn_timm.errors import run_command
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +66,31 @@ def hub_cache(tmp_path, monkeypatch):
         return tmp_path
 
     return store
+
+
+@pytest.fixture
+def recipe(tmp_path, image_folder) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL + f"data: {image_folder}\noutput: {tmp_path / 'runs'}\n")
+    return path
+
+
+@pytest.fixture
+def train(monkeypatch, capsys, recipe):
+    """Run the script in this process: exit code, standard output and error."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        monkeypatch.setattr(sys, "argv", ["train_accelerate.py", "--recipe", str(recipe), *arguments])
+        code = run_command(train_accelerate.main)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return Accelerator(cpu=True, mixed_precision="no")

@@ -101,7 +101,8 @@ def test_an_unreadable_image_is_named():
 
 
 def epoch_of(batches: KeyedBatches, number: int) -> list[list[int]]:
-    batches.set_epoch(number)
+    batches.epochs = number + 1
+    batches.begin(number)
     keys = list(batches)
     assert len(keys) == len(batches) and {epoch for batch in keys for epoch, _ in batch} == {number}
     return [[index for _, index in batch] for batch in keys]
@@ -165,8 +166,10 @@ def test_augmentation_depends_on_seed_epoch_and_index_only():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_do_not_depend_on_the_number_of_workers(workers):
     transform = train_transform(16, color_jitter=0.4)
-    loader = create_train_loader(numbered_split(), transform, KeyedBatches(20, 0, 12, steps=2), workers=workers)
-    loader.batch_sampler.set_epoch(5)
+    loader = create_train_loader(
+        numbered_split(), transform, KeyedBatches(20, 0, 12, epochs=6, steps=2), workers=workers
+    )
+    loader.batch_sampler.begin(5)
     labels = torch.cat([batch.labels for batch in loader])
     images, colours = (torch.cat(tensors) for tensors in zip(*[batch.images for batch in loader]))
     assert images.dtype == torch.uint8 and images.shape == (12, 3, 16, 16) and colours.shape == (12, 3, 4)
@@ -190,20 +193,21 @@ def test_keyed_seeds_are_pinned():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_goes_on_where_it_was_left(workers):
-    def batches(resumed: int = 0) -> list[torch.Tensor]:
-        keys = KeyedBatches(20, 1, 6, steps=2)
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_epochs_follow_each_other_from_where_one_was_left(workers, drop_last):
+    def batches(epoch: int, images: int = 0) -> list[torch.Tensor]:
+        keys = KeyedBatches(20, 1, 6, epochs=6, steps=2, drop_last=drop_last)
+        keys.begin(epoch, images)
         loader = create_train_loader(numbered_split(), train_transform(16), keys, workers=workers)
-        keys.set_epoch(4)
-        keys.resume(4, resumed)
-        assert len(loader) == 6 - resumed // 3
-        first = [batch.images[0] for batch in loader]
-        keys.set_epoch(5)
-        assert len(loader) == 6, "the next epoch is whole again"
-        return first
+        loaded = [batch.images[0] for batch in loader]
+        assert len(loader) == len(loaded)
+        return loaded
 
-    whole, rest = batches(), batches(resumed=6)
-    assert all(map(torch.equal, whole[2:], rest)) and len(rest) == 4
+    passes = 6 if drop_last else 7
+    whole, rest, last = batches(4), batches(4, images=6), batches(5)
+    assert len(whole) == 2 * passes
+    assert all(map(torch.equal, whole[2:], rest)) and len(rest) == 2 * passes - 2
+    assert all(map(torch.equal, whole[passes:], last)) and len(last) == passes, "the next epoch is whole again"
 
 
 def spoiled_split(*rows: int) -> Dataset:
@@ -221,11 +225,11 @@ def undecoded() -> list[dict]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_images_are_replaced_by_the_same_others_and_reported(workers):
     def epoch(number: int) -> tuple[torch.Tensor, list[int], list]:
-        keys = KeyedBatches(20, 0, 5)
+        keys = KeyedBatches(20, 0, 5, epochs=number + 1)
+        keys.begin(number)
         loader = create_train_loader(
             spoiled_split(3, 11), train_transform(24, hflip=0), keys, workers=workers, max_bad_images=2
         )
-        keys.set_epoch(number)
         batches = list(loader)
         bad = [image for batch in batches for image in batch.bad]
         values = torch.cat([batch.images[0][:, 0, 0, 0] for batch in batches])

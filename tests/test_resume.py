@@ -24,7 +24,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from dataset_hub import DatasetHub, connect, go_online
-from test_train import SCRIPT, SMALL, lines, stream_folder, train_accelerate
+from training_runs import SCRIPT, SMALL, lines, stream_folder, train_accelerate
 
 from tasn_timm.errors import run_command
 from tasn_timm.training.checkpoints import Checkpoints
@@ -244,6 +244,15 @@ def test_a_broken_checkpoint_is_passed_over_by_name(train, interrupted, expected
     assert result == expected
     assert re.search(f"^not a whole checkpoint: {newest}: {reason}", err, re.MULTILINE)
     assert f"resumed from {older}\n" in out
+
+
+def test_a_folder_of_broken_checkpoints_is_refused_and_stays(train, interrupted):
+    for folder in checkpoints(interrupted):
+        (folder / "state.pt").unlink()
+    before = tree(interrupted)
+    code, _, err = train("--resume", str(interrupted))
+    assert code == 2 and f"--resume {str(interrupted)!r}: it has no whole checkpoint" in err
+    assert tree(interrupted) == before
 
 
 def test_with_broken_checkpoints_alone_a_run_begins_anew_and_says_so(train, interrupted, expected):

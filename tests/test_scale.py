@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from test_train import SCRIPT
 from torch.testing import assert_close
+from training_runs import SCRIPT
 
 BASE = """
 img_size: 64

@@ -1,6 +1,5 @@
 """The training script: from a folder of images to a model that timm loads; what it refuses; two processes."""
 
-import importlib.util
 import json
 import math
 import os
@@ -14,76 +13,14 @@ import pytest
 import timm
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState
-from PIL import Image
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
+from training_runs import SCRIPT, lines, stream_folder, top1_of_folder, train_accelerate, weights
 
-from tasn_timm.data.splits import load_splits
-from tasn_timm.errors import run_command
 from tasn_timm.recipe import Recipe
 from tasn_timm.training.build import build_model, build_parts, crop_share
 from tasn_timm.training.evaluation import Scores
 from tasn_timm.training.objective import create_objective
-
-SCRIPT = Path(__file__).parents[1] / "train_accelerate.py"
-spec = importlib.util.spec_from_file_location("train_accelerate", SCRIPT)
-train_accelerate = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(train_accelerate)
-
-SMALL = """
-model: tasn
-model_kwargs: {backbone: test_resnet, sample_size: 24, attention_net: tiny, relation_scale: 10.0}
-img_size: 32
-crop_padding: 2
-batch_size: 16
-epochs: 2
-lr: 2.0e-3
-warmup_epochs: 0
-workers: 0
-cpu: true
-log_interval: 2
-"""
-
-
-@pytest.fixture
-def recipe(tmp_path, image_folder) -> Path:
-    path = tmp_path / "small.yaml"
-    path.write_text(SMALL + f"data: {image_folder}\noutput: {tmp_path / 'runs'}\n")
-    return path
-
-
-@pytest.fixture
-def train(monkeypatch, capsys, recipe):
-    """Run the script in this process: exit code, standard output and error."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        monkeypatch.setattr(sys, "argv", ["train_accelerate.py", "--recipe", str(recipe), *arguments])
-        code = run_command(train_accelerate.main)
-        return code, *capsys.readouterr()
-
-    return run
-
-
-def lines(run: Path) -> list[dict]:
-    """Of metrics.jsonl: every epoch and the test."""
-    every = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in every if "epoch" in line or "test" in line]
-
-
-def top1_of_folder(model_folder: Path, images: Path) -> float:
-    """Accuracy in percent with timm's transform and one image at a time: nothing in common with the script's."""
-    model = timm.create_model(f"local-dir:{model_folder}", pretrained=True).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    names = model.pretrained_cfg["label_names"]
-    right = []
-    for path in images.glob("*/*.png"):
-        with torch.inference_mode():
-            logits = model(transform(Image.open(path)).unsqueeze(0))
-        right.append(names[logits.argmax()] == path.parent.name)
-    return 100 * sum(right) / len(right)
 
 
 def test_a_run_leaves_a_model_that_timm_loads_and_scores_what_it_says(train, tmp_path, image_folder, no_network):
@@ -320,10 +257,6 @@ def test_the_first_best_epoch_is_kept_and_tested(train, tmp_path, monkeypatch):
     assert any(not torch.equal(best[name], weights[2][name]) for name in best)
 
 
-def weights(folder: Path, kind: str = "last") -> dict[str, torch.Tensor]:
-    return load_file(folder / kind / "model.safetensors")
-
-
 def test_the_average_of_the_weights_is_what_is_saved_and_tested(train, tmp_path):
     runs = tmp_path / "runs"
     for arguments in ([], ["--model-ema-decay", "1e-9"], ["--model-ema-decay", "0.999999"], ["--lr", "0"]):
@@ -461,21 +394,6 @@ def test_a_bad_image_always_stops_an_evaluation(train, tmp_path, image_folder):
     (folder / "validation/red/1.png").write_bytes(b"spoiled")
     code, _, err = train("--data", str(folder), "--max-bad-images", "9")
     assert code == 2 and "validation/red/1.png) cannot be read: not an image" in err
-
-
-def stream_folder(image_folder: Path, folder: Path, info: bool) -> Path:
-    """The images as parquet files, four of the training split."""
-    splits = load_splits(str(image_folder))
-    for name, split in splits.items():
-        shards = 4 if name == "train" else 1
-        for index in range(shards):
-            path = folder / "data" / f"{name}-{index:05}-of-{shards:05}.parquet"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            split.shard(shards, index, contiguous=False).to_parquet(path)
-    if info:
-        counts = "".join(f"  - name: {name}\n    num_examples: {len(split)}\n" for name, split in splits.items())
-        (folder / "README.md").write_text(f"---\ndataset_info:\n  splits:\n{counts}---\n")
-    return folder
 
 
 def test_a_stream_trains_and_is_evaluated_whole(train, tmp_path, image_folder, monkeypatch):

@@ -1,342 +1,53 @@
-"""What the options of a training do: gradients, memory, freezing, mixing, precision, logs, dry runs and so on."""
+"""What the options of a training do: freezing, mixing, precision, dry runs and so on."""
 
-import hashlib
 import json
-import math
 import os
 import re
-import resource
+import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import test_train
 import timm
 import torch
-from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
-from PIL import Image
-from test_train import SCRIPT, lines, stream_folder, top1_of_folder, train_accelerate, weights
-from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training_runs import (
+    PLAIN,
+    QUICK,
+    SCRIPT,
+    checkpoint,
+    epochs_of,
+    lines,
+    metrics,
+    on_every_loss,
+    run_out,
+    stream_folder,
+    the_error,
+    top1_of_folder,
+    train_accelerate,
+    tree,
+    weights,
+)
 
-from tasn_timm.attention_sampler import attention_grid, magnification
 from tasn_timm.data.loading import keyed_seed
 from tasn_timm.data.splits import load_splits
-from tasn_timm.errors import NumericalError, UserError
+from tasn_timm.errors import UserError
 from tasn_timm.recipe import Recipe
-from tasn_timm.tasn import TASN
 from tasn_timm.training import accelerator as accelerator_module
-from tasn_timm.training import build, dry_run, memory, progress
+from tasn_timm.training import dry_run, memory
 from tasn_timm.training.accelerator import create_accelerator
 from tasn_timm.training.evaluation import Scores
 from tasn_timm.training.freezing import FreezeSchedule
-from tasn_timm.training.gradients import FiniteGuard, Step, clip_gradient
 from tasn_timm.training.loaders import Plan
-from tasn_timm.training.memory import out_of_memory
 from tasn_timm.training.objective import micro_batch_size
-from tasn_timm.training.zoom import ZoomProbe
-
-recipe, train = test_train.recipe, test_train.train  # fixtures
-
-QUICK = ("--model", "test_resnet")  # where the model does not matter
-
-# Nothing random, no BatchNorm, and a learning rate that stays: a step depends on the mean gradient alone.
-PLAIN = "--model test_convnext --no-channels-last --hflip 0 --crop-padding 0 --opt sgd --lr 0.02 --min-lr 0.02".split()
-
-
-@pytest.fixture
-def accelerator() -> Accelerator:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    return Accelerator(cpu=True, mixed_precision="no")
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Every file below a folder, hidden ones too, and what is in it; folders as well."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-        for path in folder.rglob("*")
-    }
-
-
-def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def checkpoint(run: Path, name: str) -> dict:
-    return torch.load(run / "checkpoints" / name / "state.pt", weights_only=True)
-
-
-def epochs_of(run: Path) -> list[dict]:
-    """Weights and statistics in every checkpoint: at the beginning and after each epoch."""
-    return [checkpoint(run, folder.name)["model"] for folder in sorted((run / "checkpoints").iterdir())]
-
-
-def the_error(err: str) -> str:
-    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert "Traceback" not in err
-    return line
-
-
-def on_every_loss(monkeypatch, change: Callable[..., dict]) -> None:
-    """Pass what the objective returns through `change`(model, number of the call from 1, losses, targets, output)."""
-    create, calls = build.create_objective, []
-
-    def create_changed(model, recipe):
-        objective = create(model, recipe)
-
-        def changed(output, target):
-            calls.append(None)
-            return change(model, len(calls), objective(output, target), target, output)
-
-        return changed
-
-    monkeypatch.setattr(build, "create_objective", create_changed)
-
-
-# gradients
-
-
-@pytest.mark.parametrize("largest", [None, 0.1, 1e6])
-def test_clipping_and_the_norm_are_torchs(accelerator, largest):
-    def model() -> nn.Module:
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2), nn.Linear(5, 5))  # the last one gets no gradient
-        model[1](model[0](torch.arange(8.0).view(2, 4))).square().sum().backward()
-        return model
-
-    ours, theirs = model(), model()
-    expected = math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in theirs.parameters() if p.grad is not None))
-    torch.nn.utils.clip_grad_norm_(theirs.parameters(), math.inf if largest is None else largest)
-    assert clip_gradient(accelerator, ours, largest).item() == pytest.approx(expected)
-    for got, wanted in zip(ours[:2].parameters(), theirs[:2].parameters()):
-        torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-6, atol=0)
-    assert expected > 0.1 and ours[2].weight.grad is None
-
-
-def guard_of(accelerator: Accelerator, weight: Tensor | None = None, **options) -> FiniteGuard:
-    weight = torch.ones(1, requires_grad=True) if weight is None else weight
-    optimizer = AcceleratedOptimizer(torch.optim.SGD([weight], lr=1.0), scaler=accelerator.scaler)
-    return FiniteGuard(accelerator, optimizer, **options)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_finite_loss_is_marked_by_nothing(accelerator, dtype):
-    weight = torch.randn(50, dtype=dtype, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    loss = weight.square().sum() / 3
-    marked = guard_of(accelerator).marked(loss)
-    assert marked.item() == loss.item()
-    (plain,) = torch.autograd.grad(loss, weight, retain_graph=True)
-    (through,) = torch.autograd.grad(marked, weight)
-    assert torch.equal(plain, through)
-
-
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_a_loss_that_is_not_finite_makes_every_gradient_nan(accelerator, value):
-    first, second = torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)
-    # The value comes with a gradient of 0, which would hide it from the gradient's norm.
-    loss = first.sum() + 0 * second.sum() + torch.tensor(value)
-    guard_of(accelerator).marked(loss).backward()
-    assert first.grad.isnan().all() and second.grad.isnan().all()
-
-
-def step_of(number: int, norm: float, *losses: dict[str, float]) -> Step:
-    losses = [{name: torch.tensor(value) for name, value in each.items()} for each in losses or [dict(loss=1.0)]]
-    return Step(number, 4, 0.0125, losses, [f"bird-{number}", "other"], torch.tensor(norm))
-
-
-def test_a_spoiled_step_is_told_before_the_optimizer_with_all_that_is_known(accelerator):
-    guard = guard_of(accelerator)
-    guard.check(step_of(6, 2.0))
-    with pytest.raises(NumericalError) as error:
-        guard.check(step_of(7, math.nan, dict(loss=0.5, soft=0.25), dict(loss=math.nan, soft=math.inf)))
-    message = str(error.value)
-    assert message.startswith("the loss is not finite in step 7 (epoch 4): loss nan, soft inf, gradient norm nan,")
-    assert "learning rate 0.0125, images bird-7, other." in message
-    with pytest.raises(NumericalError, match="^the gradient is not finite in step 8 .epoch 4.: loss 0.5, gradient nor"):
-        guard.check(step_of(8, math.inf, dict(loss=0.5), dict(loss=0.75)))
-    guard.check(step_of(9, 1.0))
-    guard.flush()
-
-
-def test_a_device_that_computes_ahead_is_asked_one_step_later(accelerator):
-    guard = guard_of(accelerator, lagging=True)
-    guard.check(step_of(1, 1.0))
-    guard.check(step_of(2, math.inf))
-    with pytest.raises(NumericalError, match="in step 2 "):
-        guard.check(step_of(3, 1.0))
-    guard = guard_of(accelerator, lagging=True)
-    guard.check(step_of(2, math.inf))
-    with pytest.raises(NumericalError, match="in step 2 "):
-        guard.flush()
-    guard.flush()
-
-
-def test_fp16_skips_a_gradient_that_overflows_until_the_scale_is_below_1(accelerator):
-    accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    weight = torch.ones(1, requires_grad=True)
-    guard = guard_of(accelerator, weight)
-
-    def step(number: int, factor: float) -> None:
-        scaler.scale(weight.sum() * factor).backward()
-        guard.check(step_of(number, weight.grad.norm().item()))
-        guard.optimizer.step()
-        guard.optimizer.zero_grad()
-
-    step(1, math.inf)
-    assert weight.item() == 1.0 and scaler.get_scale() == 1.0, "skipped"
-    step(2, 0.25)
-    assert weight.item() == 0.75, "trained: lr 1"
-    step(3, math.inf)
-    assert weight.item() == 0.75 and scaler.get_scale() == 0.5
-    with pytest.raises(NumericalError, match="in step 3 "):
-        step(4, 0.25)
-
-
-def test_a_nan_ends_the_run_before_it_reaches_weights_or_files(train, tmp_path, monkeypatch, image_folder):
-    run, before = tmp_path / "runs/small", {}
-
-    def spoil(model, call, losses, target, output):
-        if call == 5:
-            before.update(model=model, files=tree(run), weights={n: t.clone() for n, t in model.state_dict().items()})
-            return losses | dict(loss=losses["loss"] + math.nan)  # whose gradient is finite
-        return losses
-
-    on_every_loss(monkeypatch, spoil)
-    code, _, err = train("--recovery-interval", "1", "--model", "test_convnext", "--no-channels-last")
-    assert code == 3
-    assert tree(run) == before["files"] and (run / "best/model.safetensors").exists()
-    saved = checkpoint(run, "epoch-0001-step-00000004")["model"]
-    for name, value in before["model"].state_dict().items():
-        assert torch.equal(value, before["weights"][name]) and torch.equal(value, saved[name]), name
-
-    message = the_error(err)
-    assert "the loss is not finite in step 5 (epoch 2): loss nan, gradient norm nan, learning rate " in message
-    order = torch.randperm(48, generator=torch.Generator().manual_seed(keyed_seed(0, "order", 1)))
-    names = re.search(r"images (.*)\. Nothing of it was saved", message)[1].split(", ")
-    assert names == [str(index) for index in order[16:32].tolist()]
-    assert len(load_splits(str(image_folder))["train"]) == 48, "so these rows exist"
-
-
-def test_a_rate_that_is_much_too_high_leaves_only_finite_checkpoints(train, tmp_path):
-    code, _, err = train("--opt", "sgd", "--lr", "1e30", "--recovery-interval", "1", "--checkpoint-hist", "9")
-    assert code == 3 and "lower lr or set clip_grad" in the_error(err)
-    states = epochs_of(tmp_path / "runs/small")
-    assert len(states) >= 2
-    assert all(tensor.isfinite().all() for state in states for tensor in state.values())
-
-
-# memory
-
-
-def run_out(monkeypatch, images: int, error: Exception) -> None:
-    """Training on more images at a time than this fails."""
-    forward = TASN.forward
-
-    def limited(model, image):
-        if model.training and len(image) > images:
-            raise error
-        return forward(model, image)
-
-    monkeypatch.setattr(TASN, "forward", limited)
-
-
-def test_running_out_of_memory_names_a_setting_that_works(train, monkeypatch):
-    run_out(monkeypatch, 8, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."))
-    code, _, err = train("--epochs", "1")
-    assert code == 2
-    message = the_error(err)
-    assert "out of memory with 16 images of 32 x 32 pixels at a time (batch_size 16 / 1 processes / 1 grad" in message
-    advice = re.search(r"--grad-accum-steps (\d+) has the same batch_size 16 with 8 images at a time", message)
-    assert advice and int(advice[1]) == 2
-    code, _, err = train("--max-steps", "1", "--grad-accum-steps", advice[1])
-    assert code == 0, err
-
-
-def test_what_cannot_be_halved_needs_a_smaller_batch(train, monkeypatch):
-    run_out(monkeypatch, 1, torch.OutOfMemoryError("CUDA out of memory."))
-    code, _, err = train("--batch-size", "6", "--grad-accum-steps", "2")
-    assert code == 2
-    message = the_error(err)
-    assert "with 3 images" in message and "cpu: use a smaller --batch-size; --mixed-precision" in message
-
-
-@pytest.mark.parametrize("processes", [1, 2, 3])
-@pytest.mark.parametrize("steps", [1, 2])
-def test_the_advice_divides_and_is_the_nearest(processes, steps):
-    for size in range(2, 40):
-        recipe = Recipe(batch_size=size * processes * steps, grad_accum_steps=steps)
-        accelerator = SimpleNamespace(num_processes=processes, device="cpu")
-        with pytest.raises(UserError) as error, out_of_memory(recipe, accelerator, size):
-            raise torch.OutOfMemoryError
-        possible = [n for n in range(1, recipe.batch_size + 1) if recipe.batch_size % (processes * n) == 0]
-        enough = [n for n in possible if 2 <= recipe.batch_size / (processes * n) <= size / 2]
-        advised = re.findall(r"--grad-accum-steps (\d+)", str(error.value))
-        assert advised == [str(n) for n in enough[:1]], size
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        RuntimeError("[enforce fail at alloc_cpu.cpp:114] err == 0. DefaultCPUAllocator: can't allocate memory"),
-        MemoryError(),
-    ],
-    ids=["CPU", "Python"],
-)
-def test_a_cpu_runs_out_of_memory_too(train, monkeypatch, error):
-    run_out(monkeypatch, 8, error)
-    code, _, err = train()
-    assert code == 2 and "out of memory with 16 images" in the_error(err)
-
-
-@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), KeyError("x")])
-def test_other_errors_stay_what_they_are(train, monkeypatch, error):
-    run_out(monkeypatch, 8, error)
-    with pytest.raises(type(error)) as raised:
-        train()
-    assert raised.value is error
-
-
-@pytest.mark.parametrize("kind", [NotImplementedError, RecursionError, torch.AcceleratorError])
-def test_errors_that_happen_to_be_runtime_errors_stay_what_they_are(train, monkeypatch, kind):
-    run_out(monkeypatch, 8, kind("device-side assert triggered"))
-    with pytest.raises(kind):
-        train()
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "--batch-size 6 --mixup 0.2 --model-kwargs part_net=False",  # not 3 images at a time: mixup needs pairs
-        "--batch-size 4 --no-drop-last --train-split validation",  # 15 images: the last 3 would be 2 and 1
-    ],
-    ids=["mixup", "short last step"],
-)
-def test_the_advice_is_one_that_the_recipe_takes(train, monkeypatch, arguments):
-    with monkeypatch.context() as patch:
-        run_out(patch, 3, torch.OutOfMemoryError("CUDA out of memory."))
-        _, _, err = train(*arguments.split())
-    for steps in re.findall(r"--grad-accum-steps (\d+)", the_error(err)):
-        code, _, err = train("--grad-accum-steps", steps, *arguments.split())
-        assert code == 0, err
-
-
-def test_the_memory_of_a_cpu_is_the_process_at_its_peak():
-    status = Path("/proc/self/status")
-    if not status.exists():
-        pytest.skip("tells how much it was on Linux only")
-    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]
-    assert memory.peak_memory(torch.device("cpu")) == pytest.approx(1024 * int(peak), rel=0.02)
-
+from tasn_timm.training.stopping import StopRequest
 
 # freezing
 
@@ -623,318 +334,6 @@ def test_inductor_trains_like_the_plain_model(train, tmp_path, monkeypatch):
     torch._dynamo.reset()
 
 
-# trackers
-
-
-class Recorder(GeneralTracker):
-    """What accelerate's trackers are asked to do."""
-
-    name = "recorder"
-    requires_logging_directory = True
-    made: list["Recorder"] = []  # noqa: RUF012, read by the tests
-
-    def __init__(self, run_name: str, logging_dir: str) -> None:
-        super().__init__()
-        self.run_name, self.logging_dir = run_name, logging_dir
-        self.logged: list[tuple[int, dict]] = []
-        self.finished = 0
-        self.made.append(self)
-
-    @property
-    def tracker(self) -> "Recorder":
-        return self
-
-    def store_init_configuration(self, values: dict) -> None:
-        self.config = values
-
-    def log(self, values: dict, step: int | None = None) -> None:
-        assert not self.finished
-        self.logged.append((step, values))
-
-    def finish(self) -> None:
-        self.finished += 1
-
-
-@pytest.fixture
-def recorders(monkeypatch) -> list[Recorder]:
-    monkeypatch.setattr(Recorder, "made", [])
-    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "recorder", Recorder)
-    monkeypatch.setitem(sys.modules, "recorder", module := ModuleType("recorder"))
-    module.__spec__ = SimpleNamespace(name="recorder")  # installed
-    return Recorder.made
-
-
-def flat(values: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{name}/")
-        elif value is not None:
-            yield prefix + name, value
-
-
-def test_a_tracker_gets_every_line_of_the_metrics_at_its_step(train, tmp_path, recorders):
-    code, _, err = train("--trackers", "[recorder]", "--log-interval", "2", "--seed", "7")
-    assert code == 0, err
-    (recorder,) = recorders
-    every = metrics(tmp_path / "runs/small")
-    assert [step for step, _ in recorder.logged] == [2, 3, 5, 6, 6], "a line, an epoch, a line, an epoch, the test"
-    assert [dict(flat(line)) for line in every] == [values for _, values in recorder.logged]
-    assert recorder.logged[0][1].keys() > {"train/loss", "train/grad_norm", "lr", "speed/data_wait"}
-    assert recorder.logged[1][1].keys() > {"validation/top1", "zoom/x", "epoch"}
-    assert recorder.logged[4][1].keys() == {"step", "test/top1", "test/images"}
-    assert recorder.config["seed"] == 7 and recorder.config["freeze"] == "{}" and recorder.config["tf32"] == "None"
-    assert recorder.logging_dir == str(tmp_path / "runs/small")
-    assert recorder.finished
-
-
-def test_a_tracker_is_finished_once(train, recorders):
-    assert train(*QUICK, "--max-steps", "1", "--trackers", "[recorder]")[0] == 0
-    assert [recorder.finished for recorder in recorders] == [1]
-
-
-def test_a_tracker_is_finished_when_the_run_fails(train, recorders):
-    assert train(*QUICK, "--opt", "sgd", "--lr", "1e30", "--trackers", "[recorder]")[0] == 3
-    assert [recorder.finished for recorder in recorders] == [1]
-
-
-def test_a_comparison_has_a_tracker_of_its_own(train, tmp_path, recorders):
-    plain = tmp_path / "plain.yaml"
-    plain.write_text("model: test_resnet\nimg_size: 24\nlr: 2.0e-3\n")
-    code, _, err = train(*QUICK, "--epochs", "1", "--trackers", "[recorder]", "--compare", str(plain))
-    assert code == 0, err
-    first, second = recorders
-    runs = tmp_path / "runs/small", tmp_path / "runs/small/plain"
-    for recorder, run in zip((first, second), runs):
-        assert recorder.logging_dir == str(run) and recorder.finished
-        assert [dict(flat(line)) for line in metrics(run)] == [values for _, values in recorder.logged]
-
-
-def test_a_dry_run_tracks_nothing(train, recorders):
-    code, _, err = train(*QUICK, "--dry-run", "--trackers", "[recorder]")
-    assert code == 0, err
-    assert not recorders
-
-
-def test_unknown_and_missing_trackers_are_told(train, monkeypatch, tmp_path):
-    code, _, err = train("--trackers", "[tensorbord]")
-    assert code == 2 and "unknown tracker 'tensorbord': did you mean 'tensorboard'?" in the_error(err)
-    monkeypatch.setattr(accelerator_module, "find_spec", lambda name: None)
-    code, _, err = train("--trackers", "[wandb]")
-    assert code == 2 and the_error(err) == "error: tracker wandb is not installed: pip install wandb."
-    assert not (tmp_path / "runs").exists()
-
-
-def test_tensorboard_shows_the_numbers_of_the_metrics(train, tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    code, _, err = train("--trackers", "[tensorboard]")
-    assert code == 0, err
-    shown = {}
-    for file in (tmp_path / "runs/small").rglob("events.out.tfevents.*"):
-        events = EventAccumulator(str(file)).Reload()
-        for tag in events.Tags()["scalars"]:
-            for event in events.Scalars(tag):
-                shown.setdefault((tag, event.step), []).append(event.value)
-    expected = {}
-    for line in metrics(tmp_path / "runs/small"):
-        for tag, value in flat(line):
-            expected.setdefault((tag, line["step"]), []).append(value)
-    assert shown.keys() == expected.keys()
-    for key, values in expected.items():
-        assert shown[key] == pytest.approx(values, rel=1e-6), key
-
-
-# metrics
-
-
-def record(monkeypatch) -> tuple[list[tuple[dict, int]], list[float]]:
-    """Fills with what the objective returned, and for how many images; and with the gradient's norms."""
-    losses, norms = [], []
-
-    def note(model, call, values, target, output):
-        losses.append(({name: value.item() for name, value in values.items()}, len(target)))
-        return values
-
-    def clip(*arguments):
-        norm = clip_gradient(*arguments)
-        norms.append(norm.item())
-        return norm
-
-    on_every_loss(monkeypatch, note)
-    monkeypatch.setattr(train_accelerate, "clip_gradient", clip)
-    return losses, norms
-
-
-def mean(losses: list[tuple[dict, int]]) -> dict[str, float]:
-    images = sum(count for _, count in losses)
-    return {name: sum(values[name] * count for values, count in losses) / images for name in losses[0][0]}
-
-
-def test_lines_and_epochs_are_means_of_what_the_objective_returned(train, tmp_path, monkeypatch):
-    losses, norms = record(monkeypatch)
-    code, _, err = train(*"--batch-size 16 --grad-accum-steps 2 --log-interval 3 --lr 1e-3 --min-lr 1e-4".split())
-    assert code == 0, err
-    every = metrics(tmp_path / "runs/small")
-    # 6 passes in 3 steps an epoch: the third pass is in the second step, the sixth in the third.
-    told = [(2, None), (3, None), (3, 1), (5, None), (6, None), (6, 2)]
-    assert [(line["step"], line.get("epoch")) for line in every[:-1]] == told
-    expected = [(0, 4), (4, 6), (0, 6), (6, 10), (10, 12), (6, 12)]
-    for line, (start, end) in zip(every, expected):
-        wanted = mean(losses[start:end]) | dict(grad_norm=float(np.mean(norms[start // 2 : end // 2])))
-        assert set(wanted) == {"loss", "structure", "detail", "soft", "attention", "grad_norm"}
-        assert line["train"] == pytest.approx(wanted, rel=1e-5)
-        cosine = (1 + math.cos(math.pi * line["step"] / 6)) / 2
-        assert line["lr"] == pytest.approx(1e-4 + 9e-4 * cosine), "that of the next step"
-        assert set(line["speed"]) == {"images_per_second", "data_wait", "memory_mb"}
-        assert 0 <= line["speed"]["data_wait"] <= 1 and line["speed"]["images_per_second"] > 0
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000 * 1.024
-        assert peak / 2 < line["speed"]["memory_mb"] <= peak + 1 or sys.platform == "darwin"
-    assert every[0].keys() == {"step", "lr", "train", "speed"}
-    assert every[2].keys() == {"step", "epoch", "lr", "train", "validation", "zoom", "speed"}
-    assert [line["validation"]["images"] for line in every if "epoch" in line] == [15, 15]
-
-
-def test_an_epoch_weighs_its_steps_by_their_images(train, tmp_path, monkeypatch):
-    losses, norms = record(monkeypatch)
-    code, _, err = train(*PLAIN, "--batch-size", "20", "--no-drop-last", "--epochs", "1")
-    assert code == 0, err
-    assert [count for _, count in losses] == [20, 20, 8]
-    epoch = lines(tmp_path / "runs/small")[0]["train"]
-    assert epoch["loss"] == pytest.approx(mean(losses)["loss"], rel=1e-6)
-    assert epoch["loss"] != pytest.approx(np.mean([values["loss"] for values, _ in losses]), rel=1e-6)
-    assert epoch["grad_norm"] == pytest.approx(np.mean(norms), rel=1e-6)
-
-
-def test_speed_is_measured_between_the_lines(accelerator, monkeypatch, capsys):
-    now = [100.0]
-    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-
-    def loader() -> Iterator[int]:
-        for wait in (1.0, 1.0, 4.0):
-            now[0] += wait
-            yield 0
-
-    tracked = progress.Progress(accelerator, "title", done=2, total=5)
-    speeds = []
-    for number in tracked.over(loader()):
-        now[0] += 3.0
-        tracked.add(dict(loss=torch.tensor(2.5)), 10)
-        tracked.end_step(10)
-        if now[0] in (108.0, 115.0):
-            speeds.append(tracked.end_line()[1])
-        assert number == 0
-    device = torch.device("cpu")
-    speeds.append(tracked.epoch.speed(device))
-    assert [speed["images_per_second"] for speed in speeds] == [20 / 8, pytest.approx(10 / 7, abs=0.05), 30 / 15]
-    assert [speed["data_wait"] for speed in speeds] == pytest.approx([2 / 8, 4 / 7, 6 / 15], abs=1e-4)
-    assert tracked.step_ends == [104.0, 108.0, 115.0]
-    assert "title  batch 4/5  loss 2.500" in capsys.readouterr().err
-
-
-def test_layer_decay_logs_the_lowest_rate_as_well(train, tmp_path):
-    code, _, err = train("--model", "test_resnet", "--layer-decay", "0.5", "--epochs", "1", "--log-interval", "1")
-    assert code == 0, err
-    groups = param_groups_layer_decay(timm.create_model("test_resnet"), layer_decay=0.5)
-    scales = [group["lr_scale"] for group in groups]
-    line = metrics(tmp_path / "runs/small")[0]
-    assert max(scales) == 1 > min(scales)
-    assert line["lr_lowest"] / line["lr"] == pytest.approx(min(scales))
-
-
-# zoom
-
-
-def test_magnification_is_how_far_apart_neighbours_look():
-    """By loops: central differences, one-sided at the border, in steps of a plain resize."""
-    torch.manual_seed(0)
-    grid = attention_grid(torch.rand(2, 5, 6, dtype=torch.float64), (7, 9), size=(70, 90))
-    got = magnification(grid)
-    for image in range(2):
-        for row in range(7):
-            for column in range(9):
-                left, right = max(column - 1, 0), min(column + 1, 8)
-                up, down = max(row - 1, 0), min(row + 1, 6)
-                x = (grid[image, row, right, 0] - grid[image, row, left, 0]) / (right - left) / (2 / 9)
-                y = (grid[image, down, column, 1] - grid[image, up, column, 1]) / (down - up) / (2 / 7)
-                assert got[image, row, column].tolist() == pytest.approx([1 / float(x), 1 / float(y)])
-    assert got.std() > 0.1
-
-
-def test_a_plain_resize_magnifies_nothing_and_a_crop_evenly():
-    plain = attention_grid(torch.ones(1, 3, 3), (8, 5), size=(64, 40))
-    torch.testing.assert_close(magnification(plain), torch.ones(1, 8, 5, 2), rtol=1e-4, atol=0)
-    crop = plain * torch.tensor([0.5, 0.25]) + torch.tensor([0.1, -0.2])
-    torch.testing.assert_close(magnification(crop), torch.tensor([2.0, 4.0]).expand(1, 8, 5, 2), rtol=1e-4, atol=0)
-
-
-def zoom_of(grid: np.ndarray) -> dict[str, float]:
-    """ZoomProbe's numbers of positions (B, H, W, 2), in NumPy."""
-    height, width = grid.shape[1:3]
-    steps_x = np.gradient(grid[..., 0], axis=2) * width / 2
-    steps_y = np.gradient(grid[..., 1], axis=1) * height / 2
-    halves = []
-    for area in (steps_x * steps_y).reshape(len(grid), -1):
-        smallest = sorted(area)[: area.size // 2]
-        halves.append(sum(smallest) / sum(area))
-    return dict(
-        x=np.mean(1 / steps_x.min((1, 2))),
-        y=np.mean(1 / steps_y.min((1, 2))),
-        largest=1 / min(steps_x.min(), steps_y.min()),
-        area_of_half=np.mean(halves),
-    )
-
-
-def probe_of(accelerator: Accelerator, model: nn.Module, pictures: int) -> ZoomProbe:
-    """Of pictures, each of which shows its number."""
-    dataset = [((torch.full((3, 32, 32), number),), 0) for number in range(pictures)]
-    loader = SimpleNamespace(dataset=dataset)
-    return ZoomProbe(model, loader, lambda images: images[0].float(), accelerator)
-
-
-def small_tasn(**options) -> TASN:
-    torch.manual_seed(0)
-    kwargs = dict(backbone="test_resnet", sample_size=24, attention_net="tiny", num_classes=3)
-    return timm.create_model("tasn", **kwargs | options)
-
-
-def test_the_probe_measures_the_grids_of_pictures_from_all_over_the_split(accelerator, monkeypatch):
-    model, seen = small_tasn(), []
-    torch.manual_seed(1)
-    grids = attention_grid(torch.rand(16, 4, 6) ** 3, 24, size=(32, 32), max_zoom=None, iterations=0)
-
-    def sampling_grid(images):
-        assert not model.training
-        seen.extend(images[:, 0, 0, 0].tolist())
-        return grids
-
-    monkeypatch.setattr(model, "sampling_grid", sampling_grid)
-    measured = probe_of(accelerator, model, 160).measure()
-    assert seen == list(range(0, 160, 10))
-    assert measured == pytest.approx(zoom_of(grids.double().numpy()), rel=1e-3)
-    assert measured["largest"] > 1.2 * measured["x"] > 1.25 * measured["y"] > 1.8 and measured["area_of_half"] < 0.45
-
-
-def test_flat_attention_zooms_nowhere(accelerator, monkeypatch):
-    model = small_tasn()
-    monkeypatch.setattr(model.trilinear_attention, "forward", lambda features: (torch.ones(len(features), 4, 4), None))
-    measured = probe_of(accelerator, model, 5).measure()
-    assert measured == pytest.approx(dict(x=1, y=1, largest=1, area_of_half=0.5), rel=1e-3)
-    assert probe_of(accelerator, timm.create_model("test_resnet"), 5).measure() is None
-
-
-def test_the_zoom_of_an_epoch_is_that_of_its_model_on_the_validation_images(train, tmp_path, image_folder):
-    code, _, err = train("--epochs", "1")
-    assert code == 0, err
-    logged = lines(tmp_path / "runs/small")[0]["zoom"]
-    model = timm.create_model(f"local-dir:{tmp_path / 'runs/small/last'}", pretrained=True).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    paths = sorted((image_folder / "validation").glob("*/*.png"))
-    with torch.inference_mode():
-        grid = model.sampling_grid(torch.stack([transform(Image.open(path)) for path in paths]))
-    assert len(grid) == 15 and logged == pytest.approx(zoom_of(grid.double().numpy()), rel=1e-2)
-
-
 # a short last step
 
 
@@ -1091,6 +490,14 @@ def test_a_dry_run_that_fails_leaves_nothing_behind(train, tmp_path, monkeypatch
     assert tree(tmp_path) == before
 
 
+def test_an_interrupted_dry_run_does_not_promise_to_go_on(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(StopRequest, "agreed", lambda request: signal.SIGTERM)
+    before = tree(tmp_path)
+    code, _, err = train("--dry-run")
+    assert code == 128 + signal.SIGTERM and err.splitlines()[-1] == "stopped by SIGTERM"
+    assert tree(tmp_path) == before
+
+
 def test_a_dry_run_finds_an_output_that_is_a_file(train, tmp_path):
     (tmp_path / "file").touch()
     code, _, err = train("--dry-run", "--output", str(tmp_path / "file"))
@@ -1130,6 +537,26 @@ def test_validate_only_scores_the_newest_checkpoint_and_writes_nothing(
         assert len(evaluated) == 1
         assert all(torch.equal(evaluated[0][name], value) for name, value in weights(run, "last").items())
     assert tree(tmp_path) == before
+
+
+def test_validate_only_refuses_the_images_of_other_classes(train, tmp_path, image_folder):
+    assert train(*QUICK, "--epochs", "1")[0] == 0
+    other = shutil.copytree(image_folder, tmp_path / "other")
+    for split in other.iterdir():
+        (split / "red").rename(split / "ruby")
+    code, _, err = train(*QUICK, "--data", str(other), "--resume", "auto", "--validate-only")
+    assert code == 2 and "was trained on other classes than those of this data" in the_error(err)
+
+
+def test_running_out_of_memory_while_validating_is_told(train, monkeypatch):
+    assert train(*QUICK, "--epochs", "1")[0] == 0
+
+    def run_out(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(train_accelerate, "evaluate", run_out)
+    code, _, err = train(*QUICK, "--resume", "auto", "--validate-only")
+    assert code == 2 and "out of memory with 16 images" in the_error(err)
 
 
 def test_validate_only_scores_pretrained_weights(train, tmp_path, image_folder):

@@ -152,15 +152,17 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 class KeyedBatches(Sampler):
-    """One process's batches of (epoch, index), in an order that depends on (seed, epoch).
+    """One process's batches of (epoch, index) for all epochs, each in an order that depends on (seed, epoch).
 
     An optimizer step takes the next `group` images of the order, whatever the numbers of processes and of forward
-    passes among which they are divided: a recipe means the same on one device and on eight.
+    passes among which they are divided: a recipe means the same on one device and on eight. One iteration goes through
+    all epochs, so that an epoch's first batches are loaded while the one before is evaluated.
 
     Args:
         images: Of the split.
         seed: Of the run.
         group: Images of an optimizer step.
+        epochs: Of the run.
         process, processes: Index and number of the processes that share them.
         steps: Forward passes of a process and optimizer step.
         drop_last: Leave out the images (other ones every epoch) that do not fill up a group. Else the last group of an
@@ -173,6 +175,7 @@ class KeyedBatches(Sampler):
         seed: int,
         group: int,
         *,
+        epochs: int = 1,
         process: int = 0,
         processes: int = 1,
         steps: int = 1,
@@ -182,40 +185,35 @@ class KeyedBatches(Sampler):
         self.total = images
         self.seed = seed
         self.group = group
+        self.epochs = epochs
         self.process = process
         self.processes = processes
         self.steps = steps
-        self.epoch = 0
-        self.begun = (0, 0)
+        self.begin(0)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Take the order of this epoch; accelerate calls it."""
-        self.epoch = epoch
-
-    def resume(self, epoch: int, images: int) -> None:
-        """Leave out the first images of an epoch, those that an interrupted run has already seen."""
+    def begin(self, epoch: int, images: int = 0) -> None:
+        """Iterate from this epoch on, without its first images (whole groups), which an interrupted run has seen."""
         self.begun = (epoch, images)
 
     def __len__(self) -> int:
-        whole, rest = divmod(self.images - self._start(), self.group)
-        return whole * self.steps + self._passes(rest)
+        epoch, images = self.begun
+        return (self.epochs - epoch) * self._passes(self.images) - self._passes(images)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(keyed_seed(self.seed, "order", self.epoch))
-        order = torch.randperm(self.total, generator=generator).numpy()[: self.images]
-        for start in range(self._start(), self.images, self.group):
-            for batch in self._cut(order[start : start + self.group])[self.process :: self.processes]:
-                yield [(self.epoch, int(index)) for index in batch]
+        first, images = self.begun
+        for epoch in range(first, self.epochs):
+            generator = torch.Generator().manual_seed(keyed_seed(self.seed, "order", epoch))
+            order = torch.randperm(self.total, generator=generator).numpy()[: self.images]
+            for start in range(images, self.images, self.group):
+                for batch in self._cut(order[start : start + self.group])[self.process :: self.processes]:
+                    yield [(epoch, int(index)) for index in batch]
+            images = 0
 
     def _cut(self, group: Sequence[int]) -> list[np.ndarray]:
         return np.array_split(group, self._passes(len(group)) * self.processes)
 
     def _passes(self, images: int) -> int:
         return math.ceil(images * self.steps / self.group)
-
-    def _start(self) -> int:
-        epoch, images = self.begun
-        return images if epoch == self.epoch else 0
 
 
 def create_train_loader(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,7 +15,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
 from ..data.decoding import check_decoder
-from ..data.loading import KeyedBatches, create_loader, create_train_loader
+from ..data.loading import Batch, KeyedBatches, create_loader, create_train_loader
 from ..data.split_names import find_split
 from ..data.splits import load_splits, pick_split, pinned
 from ..data.streaming import StreamedImages, create_stream_loader
@@ -129,13 +129,13 @@ def build_loaders(
     return loaders
 
 
-def begin_epoch(loader: DataLoader, epoch: int, images: int, processes: int) -> None:
-    """Make a prepared training loader yield an epoch, without its first images (of all processes)."""
+def batches_from(loader: DataLoader, epoch: int, images: int, processes: int) -> Iterator[Batch]:
+    """Iterate over a prepared training loader from an epoch on to the last, without its first images (of all)."""
     if isinstance(loader.dataset, StreamedImages):
-        loader.dataset.resume(epoch, images // processes)
+        loader.dataset.begin(epoch, images // processes)
     else:
-        loader.batch_sampler.resume(epoch, images)
-    loader.set_epoch(epoch)
+        loader.batch_sampler.begin(epoch, images)
+    return iter(loader)
 
 
 def fingerprint(splits: Splits) -> str:
@@ -180,14 +180,14 @@ def _train_loader(
         min_side=2 * (recipe.resize or recipe.img_size),  # the rest is for the resize, which is antialiased
         max_bad_images=recipe.max_bad_images,
     )
-    processes = dict(process=accelerator.process_index, processes=accelerator.num_processes)
+    epochs = dict(epochs=recipe.epochs, process=accelerator.process_index, processes=accelerator.num_processes)
     if recipe.streaming:
         share = plan.images // accelerator.num_processes
-        stream = StreamedImages(split, transform, share, batch_size, seed=recipe.seed, **processes, **reading)
+        stream = StreamedImages(split, transform, share, batch_size, seed=recipe.seed, **epochs, **reading)
         loader = create_stream_loader(stream, recipe.workers)
     else:
         divided = dict(steps=recipe.grad_accum_steps, drop_last=recipe.drop_last)
-        batches = KeyedBatches(len(split), recipe.seed, recipe.batch_size, **processes, **divided)
+        batches = KeyedBatches(len(split), recipe.seed, recipe.batch_size, **epochs, **divided)
         loader = create_train_loader(split, transform, batches, workers=recipe.workers, **reading)
     # Already divided among the processes: accelerate would divide once more, or let the main one read a stream for all.
     whole = dict(num_processes=1, process_index=0, dispatch_batches=False)

@@ -2,14 +2,17 @@
 
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from ..errors import UserError
 from ..recipe import Recipe
+from .objective import micro_batch_size
 
 
 def peak_memory(device: torch.device) -> int:
@@ -21,15 +24,14 @@ def peak_memory(device: torch.device) -> int:
 
 
 @contextmanager
-def out_of_memory(
-    recipe: Recipe, accelerator: Accelerator, batch_size: int, fits: Callable[[int], bool] = lambda steps: True
-) -> Iterator[None]:
+def out_of_memory(recipe: Recipe, accelerator: Accelerator, model: nn.Module, rest: int = 0) -> Iterator[None]:
     """Within it, running out of memory is told with a setting of the same result that needs less.
 
     Args:
         recipe: Of the run.
         accelerator: Of the run.
-        batch_size: Images of a forward pass.
+        model: That is trained.
+        rest: Images of a short last step of an epoch.
 
     Raises:
         UserError: Out of memory.
@@ -41,7 +43,9 @@ def out_of_memory(
         if not known and "DefaultCPUAllocator" not in str(error):
             raise
         processes = accelerator.num_processes
-        steps = next(filter(fits, _more_steps(recipe, processes, batch_size)), None)
+        batch_size = recipe.batch_size // (processes * recipe.grad_accum_steps)
+        more = (replace(recipe, grad_accum_steps=steps) for steps in _more_steps(recipe, processes, batch_size))
+        steps = next((each.grad_accum_steps for each in more if _is_possible(each, processes, model, rest)), None)
         advice = (
             f"--grad-accum-steps {steps} has the same batch_size {recipe.batch_size} with "
             f"{recipe.batch_size // (processes * steps)} images at a time"
@@ -53,6 +57,14 @@ def out_of_memory(
             f"(batch_size {recipe.batch_size} / {processes} processes / {recipe.grad_accum_steps} grad_accum_steps) on "
             f"{accelerator.device}: {advice}; --mixed-precision bf16 needs less, too."
         ) from error
+
+
+def _is_possible(recipe: Recipe, processes: int, model: nn.Module, rest: int) -> bool:
+    try:
+        micro_batch_size(recipe, processes, model, rest)
+    except UserError:
+        return False
+    return True
 
 
 def _more_steps(recipe: Recipe, processes: int, batch_size: int) -> Iterator[int]:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..data.loading import Batch
@@ -64,7 +63,7 @@ class Stretch:
 
 
 class Progress:
-    """Iterates over an epoch's batches, averages what is measured, and shows it on the main process.
+    """Counts an epoch's batches, averages what is measured, and shows it on the main process.
 
     Args:
         accelerator: Tells the main process.
@@ -83,8 +82,8 @@ class Progress:
         self.line = Stretch()  # since the last line
         self.step_ends: list[float] = []  # seconds, of a clock
 
-    def over(self, loader: DataLoader) -> Iterator[Batch]:
-        """Yield the loader's batches."""
+    def over(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield those of the epoch, and leave the next one's."""
         self.bar = tqdm(
             desc=self.title,
             initial=self.done,
@@ -94,16 +93,13 @@ class Progress:
             leave=False,
             dynamic_ncols=True,
         )
-        batches = iter(loader)
         with self.bar:
-            while True:
+            while self.done < self.total:
                 start = time.perf_counter()
-                batch = next(batches, None)
+                batch = next(batches)
                 waited = time.perf_counter() - start
                 for stretch in (self.epoch, self.line):
                     stretch.waited += waited
-                if batch is None:
-                    return
                 self.done += 1
                 yield batch
                 self.bar.update()

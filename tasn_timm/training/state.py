@@ -62,6 +62,7 @@ class TrainingState:
         data: str,
     ) -> None:
         self.accelerator = accelerator
+        self.epochs = recipe.epochs
         self.plan = plan
         self.parts = parts
         self.run = run
@@ -82,6 +83,10 @@ class TrainingState:
     def ends_at(self, steps: int | None) -> bool:
         """Whether so many steps are done."""
         return steps is not None and self.step >= steps
+
+    def goes_on(self, steps: int | None) -> bool:
+        """Whether there is an epoch to train, or to finish, before all of them or so many steps are done."""
+        return self.position.epoch < self.epochs and (self.position.images > 0 or not self.ends_at(steps))
 
     def begin_epoch(self, progress: Progress) -> Progress:
         """Take the averages of an epoch that begins, or those before it was interrupted."""
@@ -114,6 +119,7 @@ class TrainingState:
             best_top1=self.run.best_top1,
             processes=gather_object([mine]),
             identity=self.identity,
+            label_names=self.run.saved_with["label_names"],
         )
         failure = None
         if self.accelerator.is_main_process:
@@ -126,10 +132,11 @@ class TrainingState:
             raise UserError(f"{failure}. Older ones are untouched: make room, then go on with --resume auto.")
         self.saved = name
 
-    def resume(self, inexact: bool) -> bool:
+    def resume(self, resume: str, inexact: bool = False) -> bool:
         """Take over the newest whole checkpoint of the run's folder; all processes have to call it.
 
         Args:
+            resume: As in `find_folder`; only "auto" may find none.
             inexact: Also where the run would not end as the interrupted one would have.
 
         Returns:
@@ -143,6 +150,8 @@ class TrainingState:
             print(f"not a whole checkpoint: {message}", file=sys.stderr, flush=True)
         (newest,) = broadcast_object_list([newest])
         if newest is None:
+            if resume != "auto":
+                raise UserError(f"--resume {resume!r}: it has no whole checkpoint. With auto a run begins anew in it.")
             if self.accelerator.is_main_process:
                 self.checkpoints.set_aside("")
             return False
@@ -193,7 +202,7 @@ class TrainingState:
         self.begun = mine["progress"]
 
 
-def load_weights(resume: str, output: Path, name: str, model: nn.Module) -> None:
+def load_weights(resume: str, output: Path, name: str, model: nn.Module, label_names: list[str]) -> None:
     """Put the weights of a run's newest whole checkpoint into a model, those of the average where it has one.
 
     Args:
@@ -201,6 +210,7 @@ def load_weights(resume: str, output: Path, name: str, model: nn.Module) -> None
         output: Folder of the runs.
         name: Of the run.
         model: Not wrapped.
+        label_names: Of its classes, in order.
 
     Raises:
         UserError: There is none, or it does not fit.
@@ -209,6 +219,8 @@ def load_weights(resume: str, output: Path, name: str, model: nn.Module) -> None
     newest, _ = Checkpoints(folder / "checkpoints", keep=1).newest() if folder else (None, [])
     if newest is None:
         raise UserError(f"--resume {resume}: there is no checkpoint of {name!r} in {str(folder or output)!r}.")
+    if newest.about["label_names"] != label_names:
+        raise UserError(f"{str(newest.folder)!r} was trained on other classes than those of this data.")
     state = torch.load(newest.folder / "state.pt", map_location="cpu", weights_only=True)
     try:
         model.load_state_dict(state["average"] or state["model"])

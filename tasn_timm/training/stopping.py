@@ -55,7 +55,7 @@ class StopRequest:
         """Raise `Interrupted` when they agree on a signal."""
         number = self.agreed()
         if number:
-            raise Interrupted(f"stopped by {signal.Signals(number).name}; --resume auto goes on", number)
+            raise Interrupted(f"stopped by {signal.Signals(number).name}", number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
