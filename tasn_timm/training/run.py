@@ -121,10 +121,9 @@ class Run:
 
     def log(self, step: int, **values: Any) -> None:
         """Add a line to metrics.jsonl and the trackers, on the main process."""
-        values = dict(step=step) | values
         if self.accelerator.is_main_process:
             with self.writing("metrics.jsonl"), (self.folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(_finite(values), allow_nan=False) + "\n")
+                file.write(json.dumps(_finite(dict(step=step) | values), allow_nan=False) + "\n")
         self.accelerator.log(dict(_flat(values)), step=step)
 
     def end_epoch(
