@@ -12,8 +12,8 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from dataset_hub import DatasetHub, connect, go_online
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from loopback_hub import LoopbackHub, connect, go_online
 from PIL import Image as PILImage
 
 from tasn_timm import cli
@@ -278,7 +278,7 @@ def test_classes_in_another_order_are_matched_by_name(measure, tmp_path, species
 
 
 def test_data_of_the_hub_is_recorded_with_its_commit(measure, tmp_path, species, monkeypatch):
-    hub = DatasetHub()
+    hub = LoopbackHub()
     connect(monkeypatch, hub, tmp_path / "cache")
     commit = hub.publish("me/birds", {path.name: path.read_bytes() for path in species.iterdir()}, tag="v1")
     folder = save(tmp_path / "best", SPECIES, species)

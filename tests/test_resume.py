@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from dataset_hub import DatasetHub, connect, go_online
+from loopback_hub import LoopbackHub, connect, go_online
 from training_runs import SCRIPT, SMALL, lines, stream_folder, train_accelerate
 
 from tasn_timm.errors import run_command
@@ -308,7 +308,7 @@ def test_other_images_of_the_same_folder_are_refused(train, tmp_path, image_fold
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    hub = DatasetHub()
+    hub = LoopbackHub()
     connect(monkeypatch, hub, tmp_path / "cache")
     yield hub
     go_online(monkeypatch)

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from dataset_hub import DatasetHub, connect, go_online
 from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features, Image, IterableDatasetDict, Value
 from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCardData
+from loopback_hub import LoopbackHub, connect, go_online
 from PIL import Image as PILImage
 
 from tasn_timm.data.columns import _in_order
@@ -425,7 +425,7 @@ FILES = {"README.md": README, TRAIN: birds(0, 1, 2), TEST: birds(2, 1)}
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    hub = DatasetHub()
+    hub = LoopbackHub()
     connect(monkeypatch, hub, tmp_path / "cache")
     yield hub
     go_online(monkeypatch)
@@ -439,7 +439,7 @@ def two(hub) -> tuple[str, str]:
     return old, hub.publish("me/birds", {TRAIN: birds(1), TEST: birds(1, 1)})
 
 
-def fetched(hub: DatasetHub) -> set[str]:
+def fetched(hub: LoopbackHub) -> set[str]:
     """Data files that were downloaded, or of which a part was."""
     return {Path(path).name for method, path in map(str.split, hub.requests) if method == "GET" and "parquet" in path}
 
@@ -512,18 +512,17 @@ def test_an_empty_cache_without_a_hub_is_told(hub, two, monkeypatch):
 
 
 def test_every_problem_with_the_hub_is_one_line(hub, two):
-    for repo in ("me/gated", "me/private"):
+    for repo in ("you/gated", "you/private"):
         hub.publish(repo, FILES)
-    hub.gated.add("me/gated")
-    hub.private.add("me/private")
+    hub.repo("you/gated").gated = hub.repo("you/private").private = True
     hub.publish("me/script", {"script.py": b"", "README.md": b"# x\n"})
     hub.publish("me/text", {"notes.docx": b"x"})
     hub.publish("me/broken", {TEST: b"broken"})
     hub.publish("me/bare", {TEST: parquet(dict(image=pictures(0), note=["x"]), image=Image(), note=Value("string"))})
-    for repo in ("me/private", "me/absent", "data/photos"):
+    for repo in ("you/private", "me/absent", "data/photos"):
         assert f"dataset '{repo}' is neither a folder here nor on the Hub, or it is private" in refused(repo)
-    assert f"'me/gated' is gated: accept its terms at {hub.url}/datasets/me/gated, then log in" in refused("me/gated")
-    assert "'me/gated' is gated" in refused("me/gated", streaming=True)
+    assert f"'you/gated' is gated: accept its terms at {hub.url}/datasets/you/gated, then" in refused("you/gated")
+    assert "'you/gated' is gated" in refused("you/gated", streaming=True)
     assert "unknown revision of dataset 'me/birds' 'v1x': did you mean 'v1'? Choose from main" in refused(
         "me/birds@v1x"
     )
