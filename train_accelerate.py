@@ -51,22 +51,19 @@ SHARED_OPTIONS = [
 
 def main() -> None:
     name, recipe, launch = parse_args(sys.argv[1:])
-    accelerator = create_accelerator(recipe)
-    if launch.dry_run:  # leaves nothing behind, on a tracker's server neither
-        recipe = replace(recipe, trackers=[])
     other = None
-    if recipe.compare:
+    if recipe.compare and not launch.validate_only:
         other = load_recipe(recipe.compare, {option: getattr(recipe, option) for option in SHARED_OPTIONS})
+    accelerator = create_accelerator(recipe, other)
     accelerator.print(f"processes: {accelerator.num_processes} ({accelerator.device.type})")
     if launch.validate_only:
         return validate(name, recipe, launch, accelerator)
-    with temporary_output(recipe.output, accelerator) if launch.dry_run else nullcontext(recipe.output) as output:
-        runs = [train(name, replace(recipe, output=output), launch, accelerator)]
+    temporary = temporary_output(recipe.output, accelerator) if launch.dry_run else nullcontext(recipe.output)
+    with StopRequest(accelerator) as stop, temporary as output:
+        runs = [train(name, replace(recipe, output=output), launch, accelerator, stop)]
         if other:  # in a folder of the first run's, so that it is resumed with it
-            launch = replace(launch, resume=launch.resume and "auto")
-            runs.append(
-                train(recipe_name(recipe.compare), replace(other, output=str(runs[0].folder)), launch, accelerator)
-            )
+            launch, output = replace(launch, resume=launch.resume and "auto"), str(runs[0].folder)
+            runs.append(train(recipe_name(recipe.compare), replace(other, output=output), launch, accelerator, stop))
     if not launch.dry_run:
         accelerator.print(comparison_table(runs))
         accelerator.print(runs[0].how_to_load())
@@ -111,10 +108,12 @@ def build(recipe: Recipe, accelerator: Accelerator) -> Built:
     return Built(recipe, names, plan, loaders, data_config, fingerprint(splits), parts, scored, predict)
 
 
-def train(name: str, recipe: Recipe, launch: Launch, accelerator: Accelerator) -> Run:
+def train(name: str, recipe: Recipe, launch: Launch, accelerator: Accelerator, stop: StopRequest) -> Run:
     """Train one recipe epoch by epoch, keep the best epoch's model, and test that one once."""
     built = build(recipe, accelerator)
     recipe, plan, loaders = built.recipe, built.plan, built.loaders
+    if launch.dry_run:  # leaves nothing behind, on a tracker's server neither
+        recipe = replace(recipe, trackers=[])
     run = Run(name, recipe, accelerator, built.scored, built.label_names, built.data_config, launch.resume)
     bad_images = BadImages(recipe.max_bad_images, recipe.train_split, run.folder / "bad_images.jsonl", accelerator)
     state = TrainingState(recipe, accelerator, plan, built.parts, run, bad_images, built.fingerprint)
@@ -123,9 +122,8 @@ def train(name: str, recipe: Recipe, launch: Launch, accelerator: Accelerator) -
         run.begin()
         state.save()
 
-    batches = batches_from(loaders["train"], *astuple(state.position), accelerator.num_processes)
-    rest = plan.images % plan.group
-    with StopRequest(accelerator) as stop, closing(run), out_of_memory(recipe, accelerator, built.scored, rest):
+    batches = batches_from(loaders["train"], *astuple(state.position), recipe.epochs, accelerator)
+    with closing(run), out_of_memory(recipe, accelerator, built.scored, plan.images % plan.group):
 
         def scores(role: str) -> Scores | None:
             if role not in loaders:
@@ -138,7 +136,8 @@ def train(name: str, recipe: Recipe, launch: Launch, accelerator: Accelerator) -
                 progress = train_one_epoch(name, launch, accelerator, built, state, batches, stop)
                 validation = scores("val")
                 run.end_epoch(epoch, state.step, progress, built.parts.rates, validation, probe.measure())
-                if state.position.images < plan.images:  # train_steps ended it
+                if state.position.images < plan.images:
+                    assert state.ends_at(launch.train_steps)
                     break
                 state.end_epoch()
         except Interrupted as stopped:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -20,14 +21,19 @@ from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState, GradientState
 from loopback_hub import LoopbackHub, connect, go_online
-from training_runs import SCRIPT, SMALL, lines, stream_folder, train_accelerate
+from training_runs import SCRIPT, SMALL, STEP_3, STEP_4, STEP_6, lines, stream_folder, train_accelerate
 
+from tasn_timm.data.loading import keyed_seed
+from tasn_timm.data.splits import load_splits
 from tasn_timm.errors import run_command
 from tasn_timm.training.checkpoints import Checkpoints
+from tasn_timm.training.gradients import FiniteGuard
 
 # Everything random is on: crops, colours, parts, dropout. A step of two forward passes has a line of its own in the
 # log, and every second one a checkpoint, so that there are some inside of epochs and some at their ends.
@@ -154,12 +160,15 @@ def finished(train: Callable, run: Path, *arguments: str) -> tuple[Outcome, str,
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(train, interrupted, expected):
-    assert [path.name for path in checkpoints(interrupted)] == ["epoch-0001-step-00000003", "epoch-0001-step-00000004"]
+    assert [path.name for path in checkpoints(interrupted)] == [
+        STEP_3,
+        STEP_4,
+    ]
     result, out, _ = finished(train, interrupted)
     assert result == expected
-    assert f"resumed from {interrupted}/checkpoints/epoch-0001-step-00000004" in out
+    assert f"resumed from {interrupted}/checkpoints/{STEP_4}" in out
     (resumed,) = json.loads((interrupted / "environment.json").read_text())["resumed"]
-    assert resumed["checkpoint"] == "epoch-0001-step-00000004"
+    assert resumed["checkpoint"] == STEP_4
 
 
 def test_a_run_can_be_resumed_again_and_again(train, tmp_path, expected):
@@ -289,7 +298,7 @@ def test_other_settings_are_refused_with_a_table_and_nothing_is_changed(train, i
     ):
         code, out, err = train("--resume", "auto", *arguments)
         assert code == 2
-        assert f"error: '{interrupted}/checkpoints/epoch-0001-step-00000004' belongs to a run of other settings" in err
+        assert f"error: '{interrupted}/checkpoints/{STEP_4}' belongs to a run of other settings" in err
         assert re.search("^" + "  +".join(map(re.escape, row)) + "$", err, re.MULTILINE), err
         assert "--resume-inexact" in err and "Traceback" not in err and "resumed" not in out
         assert tree(tmp_path) == before
@@ -335,6 +344,47 @@ def test_other_settings_go_on_where_that_is_wanted(train, interrupted, expected)
     assert "resuming inexactly" in train("--resume", "auto", "--resume-inexact", "--lr", "0.004")[1], "lr is known now"
 
 
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ("--batch-size 24 --grad-accum-steps 1", [2, 4]),  # the first step of the second epoch once more
+        ("--batch-size 8 --no-drop-last", [6, 12]),
+    ],
+)
+def test_with_other_steps_every_epoch_is_trained_and_saved(train, interrupted, tmp_path, options, steps):
+    options += " --recovery-interval 1 --checkpoint-hist 1"
+    finished(train, interrupted, "--resume-inexact", *options.split())
+    *epochs, test = lines(interrupted)
+    assert [line["epoch"] for line in epochs] == [1, 2] and test["step"] == epochs[-1]["step"] == steps[-1]
+    assert [path.name[-8:] for path in checkpoints(interrupted)] == [f"{steps[-1]:08}"]
+    recipe = yaml.safe_load((interrupted / "recipe.yaml").read_text())
+    assert recipe["batch_size"] == int(options.split()[1]) and recipe["recovery_interval"] == 1
+
+
+def test_a_checkpoint_that_does_not_fit_changes_nothing(train, interrupted):
+    (interrupted / "best").rename(interrupted / "gone")
+    before = tree(interrupted)
+    code, _, err = train("--resume", "auto", "--resume-inexact", "--model", "test_resnet", "--model-kwargs")
+    assert code == 2 and "does not fit this model and optimizer" in err
+    assert tree(interrupted) == before
+
+
+def test_an_average_that_is_not_finite_is_saved(train, tmp_path, expected, monkeypatch):
+    """The norm of a gradient, in fp16, where the step was skipped."""
+    clip = train_accelerate.clip_gradient
+    norms = iter([math.inf])
+    monkeypatch.setattr(
+        train_accelerate, "clip_gradient", lambda *given: [clip(*given), torch.tensor(next(norms, 1.0))][1]
+    )
+    monkeypatch.setattr(FiniteGuard, "check", lambda guard, step: None)
+    code, _, err = train("--max-steps", "2")
+    assert code == 0, err
+    code, out, err = train("--resume", "auto")
+    assert code == 0 and "step-00000002" in out, err
+    first = lines(tmp_path / "runs/small")[0]
+    assert first["train"]["grad_norm"] is None
+
+
 def test_what_the_weights_do_not_depend_on_is_free(train, interrupted, expected):
     free = "--workers 2 --log-interval 1 --recovery-interval 1 --checkpoint-hist 3 --max-bad-images 1"
     result, _, _ = finished(train, interrupted, *free.split())
@@ -362,7 +412,10 @@ def room_for(size: int) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("lacking", "written"),
-    [("state.pt", "checkpoint '{run}/checkpoints/epoch-0002-step-00000006'"), ("best.safetensors", "'{run}/last'")],
+    [
+        ("state.pt", f"checkpoint '{{run}}/checkpoints/{STEP_6}'"),
+        ("best.safetensors", "'{run}/last'"),
+    ],
 )
 def test_a_full_disk_ends_a_run_which_goes_on_when_there_is_room(train, interrupted, expected, lacking, written):
     before = tree(interrupted / "checkpoints")
@@ -444,9 +497,41 @@ def test_a_stream_is_resumed_at_an_epochs_end(train, tmp_path, image_folder, mon
     monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     data = stream_folder(image_folder, tmp_path / "parquet", info=True)
     for more in ([], ["--max-steps", str(EPOCH_STEPS)], ["--resume", "auto"]):
-        code, _, err = train("--data", str(data), "--streaming", *more)
+        options = ["--streaming", "--workers", "2", "--grad-accum-steps", "1"]  # 3 batches an epoch
+        code, _, err = train("--data", str(data), *options, *more)
         assert code == 0, err
     assert outcome(tmp_path / "runs" / "small-1") == outcome(tmp_path / "runs" / "small")
+
+
+def test_what_the_next_epoch_cannot_read_does_not_cost_this_one(train, tmp_path, image_folder):
+    """The picture is left out of the first epoch by chance (drop_last), and is in the second."""
+    data = shutil.copytree(image_folder, tmp_path / "data")
+    order = torch.Generator().manual_seed(keyed_seed(0, "order", 0))
+    left_out = torch.randperm(48, generator=order)[45:]
+    rows = load_splits(str(data))["train"].cast_column("image", datasets.Image(decode=False))
+    spoiled = Path(rows[int(left_out[0])]["image"]["path"])
+    spoiled.write_bytes(b"spoiled")
+    code, _, err = train("--data", str(data), "--batch-size", "15", "--grad-accum-steps", "1", "--epochs", "9")
+    assert code == 2 and f"{spoiled}) cannot be read" in err
+    assert lines(tmp_path / "runs/small")[0]["epoch"] == 1
+
+
+def test_a_signal_at_the_end_of_a_run_ends_the_comparison(train, tmp_path, monkeypatch):
+    plain = tmp_path / "plain.yaml"
+    plain.write_text("model: test_resnet\nimg_size: 24\n")
+    finish = train_accelerate.Run.finish
+
+    def finish_and_signal(run, *given):
+        finish(run, *given)
+        if run.name == "small":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train_accelerate.Run, "finish", finish_and_signal)
+    code, _, err = train("--epochs", "1", "--compare", str(plain))
+    assert code == 128 + signal.SIGTERM and "stopped by SIGTERM; --resume auto goes on" in err
+    monkeypatch.undo()
+    code, out, err = train("--epochs", "1", "--compare", str(plain), "--resume", "auto")
+    assert code == 0 and "\nplain " in out, err
 
 
 # In processes of their own, which are killed.

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from training_runs import checkpoint, epochs_of, on_every_loss, run_out, the_error, train_accelerate, tree
+from training_runs import STEP_4, checkpoint, epochs_of, on_every_loss, run_out, the_error, train_accelerate, tree
 
 from tasn_timm.data.loading import keyed_seed
 from tasn_timm.data.splits import load_splits
@@ -135,7 +135,7 @@ def test_a_nan_ends_the_run_before_it_reaches_weights_or_files(train, tmp_path, 
     code, _, err = train("--recovery-interval", "1", "--model", "test_convnext", "--no-channels-last")
     assert code == 3
     assert tree(run) == before["files"] and (run / "best/model.safetensors").exists()
-    saved = checkpoint(run, "epoch-0001-step-00000004")["model"]
+    saved = checkpoint(run, STEP_4)["model"]
     for name, value in before["model"].state_dict().items():
         assert torch.equal(value, before["weights"][name]) and torch.equal(value, saved[name]), name
 

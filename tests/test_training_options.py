@@ -22,6 +22,9 @@ from training_runs import (
     PLAIN,
     QUICK,
     SCRIPT,
+    STEP_3,
+    STEP_4,
+    STEP_6,
     checkpoint,
     epochs_of,
     lines,
@@ -320,7 +323,7 @@ def test_a_compiled_model_trains_like_the_plain_one(compiled):
 @pytest.mark.slow
 def test_the_checkpoint_of_a_compiled_model_is_the_plain_ones(compiled):
     runs = compiled.with_name("small"), compiled
-    plain, names = (list(checkpoint(run, "epoch-0002-step-00000006")["model"]) for run in runs)
+    plain, names = (list(checkpoint(run, STEP_6)["model"]) for run in runs)
     assert names == plain
 
 
@@ -368,7 +371,7 @@ def test_a_short_last_step_takes_the_mean_gradient_of_its_images(train, tmp_path
         options = ("--batch-size", "20", "--no-drop-last", "--epochs", "1", "--checkpoint-hist", "9")
         code, _, err = train(*PLAIN, *options, "--grad-accum-steps", steps)
         assert code == 0, err
-    start = checkpoint(runs[0], "epoch-0000-step-00000000")["model"]
+    start = checkpoint(runs[0], "epoch-0000-image-00000000-step-00000000")["model"]
     expected, loss = trained_by_hand(start, image_folder)
     for run in runs:
         epoch, test = lines(run)
@@ -441,9 +444,9 @@ def test_a_dry_run_foresees_the_disk_that_checkpoints_take(train, tmp_path):
 
 
 def test_a_dry_run_estimates_from_its_second_step_and_its_evaluation(tmp_path):
-    (tmp_path / "checkpoints/epoch-0000-step-00000002").mkdir(parents=True)
-    (tmp_path / "checkpoints/epoch-0000-step-00000002/state.pt").write_bytes(bytes(3_000_000))
-    (tmp_path / "checkpoints/epoch-0000-step-00000000").mkdir()
+    (tmp_path / "checkpoints/epoch-0000-image-00000032-step-00000002").mkdir(parents=True)
+    (tmp_path / "checkpoints/epoch-0000-image-00000032-step-00000002/state.pt").write_bytes(bytes(3_000_000))
+    (tmp_path / "checkpoints/epoch-0000-image-00000000-step-00000000").mkdir()
     measured = SimpleNamespace(step_ends=[17.0, 20.0], accelerator=SimpleNamespace(device=torch.device("cpu")))
     scores = Scores(torch.tensor([1]), torch.tensor([2]), None, seconds=1.0)
     loaders = dict(train=range(30), val=range(10), test=range(4))
@@ -496,6 +499,12 @@ def test_an_interrupted_dry_run_does_not_promise_to_go_on(train, tmp_path, monke
     code, _, err = train("--dry-run")
     assert code == 128 + signal.SIGTERM and err.splitlines()[-1] == "stopped by SIGTERM"
     assert tree(tmp_path) == before
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="another place where no folder can be made")
+def test_a_dry_run_finds_an_output_that_cannot_be_written(train):
+    code, _, err = train("--dry-run", "--output", "/proc/runs")
+    assert code == 2 and "output folder '/proc/runs' cannot be used: " in the_error(err)
 
 
 def test_a_dry_run_finds_an_output_that_is_a_file(train, tmp_path):
@@ -597,7 +606,7 @@ def test_max_steps_ends_a_run_that_can_be_gone_on_with(train, tmp_path):
     *epochs, test = lines(short)
     assert [(line["step"], line["epoch"]) for line in epochs] == [(3, 1), (4, 2)]
     assert epochs[1]["validation"]["images"] == 15 and (test["step"], test["test"]["images"]) == (4, 21)
-    assert sorted(path.name for path in (short / "checkpoints").iterdir())[-1] == "epoch-0001-step-00000004"
+    assert sorted(path.name for path in (short / "checkpoints").iterdir())[-1] == STEP_4
     code, out, err = train(*QUICK, "--output", str(runs / "other"), "--resume", "auto")
     assert code == 0 and "resumed from" in out, err
     assert (short / "last/model.safetensors").read_bytes() == (whole / "last/model.safetensors").read_bytes()
@@ -609,7 +618,7 @@ def test_max_steps_at_the_end_of_an_epoch_ends_there(train, tmp_path):
     assert train(*QUICK, "--max-steps", "3")[0] == 0
     run = tmp_path / "runs/small"
     assert [(line["step"], line.get("epoch")) for line in lines(run)] == [(3, 1), (3, None)]
-    assert sorted(path.name for path in (run / "checkpoints").iterdir())[-1] == "epoch-0001-step-00000003"
+    assert sorted(path.name for path in (run / "checkpoints").iterdir())[-1] == STEP_3
 
 
 def test_a_few_images_can_be_learned_by_heart(train, tmp_path, monkeypatch):

@@ -42,6 +42,12 @@ QUICK = ("--model", "test_resnet")  # where the model does not matter
 PLAIN = "--model test_convnext --no-channels-last --hflip 0 --crop-padding 0 --opt sgd --lr 0.02 --min-lr 0.02".split()
 
 
+# Checkpoints of the small recipe, with epochs of 3 steps.
+STEP_3 = "epoch-0001-image-00000000-step-00000003"
+STEP_4 = "epoch-0001-image-00000016-step-00000004"
+STEP_6 = "epoch-0002-image-00000000-step-00000006"
+
+
 def tree(folder: Path) -> dict[str, str]:
     """Every file below a folder, hidden ones too, and what is in it; folders as well."""
     return {

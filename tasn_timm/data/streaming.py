@@ -21,7 +21,7 @@ BUFFER = 1000  # encoded images of each worker among which the next one is drawn
 
 
 class StreamedImages(IterableDataset):
-    """One process's share of a streamed split for all epochs of a training.
+    """One process's share of a streamed split, for training; an iteration is an epoch.
 
     What it cannot promise, unlike `KeyedImages`:
 
@@ -40,7 +40,6 @@ class StreamedImages(IterableDataset):
         transform: Picture -> tensors.
         images: Of this process in an epoch, a multiple of batch_size.
         batch_size: Of this process.
-        epochs: Of the run.
         seed: Of the run.
         decoder: See `decode`.
         min_side: See `decode`.
@@ -55,7 +54,6 @@ class StreamedImages(IterableDataset):
         images: int,
         batch_size: int,
         *,
-        epochs: int = 1,
         seed: int = 0,
         decoder: str = "pillow",
         min_side: int | None = None,
@@ -71,7 +69,6 @@ class StreamedImages(IterableDataset):
         self.transform = transform
         self.images = images
         self.batch_size = batch_size
-        self.epochs = epochs
         self.seed = seed
         self.decoder = decoder
         self.min_side = min_side
@@ -79,33 +76,22 @@ class StreamedImages(IterableDataset):
         self.begin(0)
 
     def begin(self, epoch: int, images: int = 0) -> None:
-        """Iterate from this epoch on, without so many images (whole batches) at its end.
+        """Iterate over this epoch, without so many images (whole batches) at its end.
 
         An interrupted run has seen as many of this process's.
         """
-        self.begun = (epoch, images)
+        self.epoch = epoch
+        self.seen = images
 
     def __len__(self) -> int:
-        epoch, images = self.begun
-        return (self.epochs - epoch) * self.images - images
+        return self.images - self.seen
 
     def __iter__(self) -> Iterator[Sample]:
-        worker = get_worker_info()
-        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        first, images = self.begun
-        dealt = 0  # batches, to the workers in turn
-        for epoch in range(first, self.epochs):
-            batches = (self.images - images) // self.batch_size
-            mine = len(range((number - dealt) % workers, batches, workers))
-            if mine:
-                yield from self._epoch(epoch, mine * self.batch_size)
-            dealt += batches
-            images = 0
-
-    def _epoch(self, epoch: int, images: int) -> Iterator[Sample]:
-        """So many images of an epoch."""
         bad: list[BadImage] = []
-        for example in self._examples(epoch):
+        left = self._share()
+        if left == 0:
+            return
+        for example in self._examples():
             digest = _digest(example["image"])
             try:
                 image = decode(example["image"], self.decoder, self.min_side)
@@ -117,16 +103,24 @@ class StreamedImages(IterableDataset):
             label = example["label"]
             if label is None or not 0 <= label < self.classes:
                 raise UserError(f"a label is {label}, but there are names for {self.classes} classes.")
-            with keyed_randomness(self.seed, epoch, digest):
+            with keyed_randomness(self.seed, self.epoch, digest):
                 yield self.transform(image), label, str(example.get("image_id", digest)), bad
             bad = []
-            images -= 1
-            if images == 0:  # before the buffer is filled again
+            left -= 1
+            if left == 0:  # before the buffer is filled again
                 return
 
-    def _examples(self, epoch: int) -> Iterator[dict]:
+    def _share(self) -> int:
+        """Images of this worker: batches are dealt to the workers in turn."""
+        worker = get_worker_info()
+        if worker is None:
+            return len(self)
+        batches = len(self) // self.batch_size
+        return self.batch_size * (batches // worker.num_workers + (worker.id < batches % worker.num_workers))
+
+    def _examples(self) -> Iterator[dict]:
         """Shuffled, over and over."""
-        stream = self.split.shuffle(seed=keyed_seed(self.seed, "order", epoch) % 2**32, buffer_size=BUFFER)
+        stream = self.split.shuffle(seed=keyed_seed(self.seed, "order", self.epoch) % 2**32, buffer_size=BUFFER)
         images = 0
         for turn in count():
             stream.set_epoch(turn)
@@ -161,4 +155,5 @@ def create_stream_loader(dataset: StreamedImages, workers: int = 0) -> DataLoade
         raise UserError(
             f"workers {workers} is more than the {shards} shards that each process streams: use --workers {shards}."
         )
-    return DataLoader(dataset, batch_size=dataset.batch_size, **loading(workers))
+    # Workers are started anew for every epoch, and so get to know it.
+    return DataLoader(dataset, batch_size=dataset.batch_size, **loading(workers) | dict(persistent_workers=False))

@@ -17,8 +17,12 @@ from ..errors import UserError, unknown
 from ..recipe import Recipe
 
 
-def create_accelerator(recipe: Recipe) -> Accelerator:
+def create_accelerator(recipe: Recipe, other: Recipe | None = None) -> Accelerator:
     """Create it for a recipe; what the recipe leaves open is as accelerate was configured or launched.
+
+    Args:
+        recipe: Of the run.
+        other: Of another one in the same process, with the same options for accelerate.
 
     Raises:
         UserError: Something that this machine, or this script, cannot do.
@@ -29,6 +33,7 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
     backends = [backend.value.lower() for backend in DynamoBackend]
     if recipe.torchcompile not in (None, *backends):
         raise unknown("torchcompile", recipe.torchcompile, backends)
+    freezes = any(each.freeze for each in (recipe, other) if each)
     try:
         accelerator = Accelerator(
             cpu=recipe.cpu,
@@ -39,7 +44,7 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
             log_with=recipe.trackers or None,
             project_dir=recipe.output,
             # A part that is frozen for some epochs has no gradient in them.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=bool(recipe.freeze))],
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=freezes)],
         )
     except ValueError as error:
         raise UserError(f"accelerate cannot be used as configured: {error}") from error

@@ -37,7 +37,7 @@ class Checkpoints:
         Args:
             name: Of its folder; one of the same name is replaced.
             write: Puts files into a folder.
-            about: JSON values, returned by `newest`.
+            about: JSON values, returned by `newest`; infinities and NaN (the norm of a gradient in fp16) are allowed.
 
         Raises:
             OSError: It could not be written, say on a full disk; the others are untouched and nothing is left of it.
@@ -49,7 +49,7 @@ class Checkpoints:
         try:
             write(aside)
             files = {path.name: _describe(path) for path in sorted(aside.iterdir())}
-            (aside / MANIFEST).write_text(json.dumps(dict(about=about, files=files), indent=1, allow_nan=False) + "\n")
+            (aside / MANIFEST).write_text(json.dumps(dict(about=about, files=files), indent=1) + "\n")
             _sync(aside / MANIFEST)
             _sync(aside)
         except BaseException:

@@ -21,13 +21,17 @@ from .progress import Progress
 def temporary_output(output: str, accelerator: Accelerator) -> Iterator[str]:
     """A folder that is gone afterwards, on the disk on which a run would be."""
     disk = next(folder for folder in (Path(output), *Path(output).resolve().parents) if folder.exists())
-    if not disk.is_dir():
-        raise UserError(f"output folder {output!r} cannot be used: {str(disk)!r} is a file.")
-    folder = None
+    folder = failure = None
     if accelerator.is_main_process:
-        folder = tempfile.TemporaryDirectory(prefix=".dry-run-", dir=disk)
+        try:
+            folder = tempfile.TemporaryDirectory(prefix=".dry-run-", dir=disk)
+        except OSError as error:
+            failure = f"output folder {output!r} cannot be used: {error}. Choose another one."
+    name, failure = broadcast_object_list([folder and folder.name, failure])
+    if failure:
+        raise UserError(failure)
     try:
-        yield broadcast_object_list([folder and folder.name])[0]
+        yield name
         accelerator.wait_for_everyone()
     finally:
         if folder:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pyarrow.compute as pc
 from accelerate import Accelerator
-from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 
 from ..data.decoding import check_decoder
@@ -108,7 +108,7 @@ def plan_epoch(recipe: Recipe, split: datasets.Dataset | datasets.IterableDatase
 def build_loaders(
     recipe: Recipe, splits: Splits, plan: Plan, batch_size: int, accelerator: Accelerator
 ) -> dict[str, DataLoader]:
-    """Build and prepare the loaders of a recipe's splits.
+    """Build the loaders of a recipe's splits, and prepare those to evaluate; `batches_from` is for the other one.
 
     Args:
         recipe: Of the run.
@@ -129,13 +129,29 @@ def build_loaders(
     return loaders
 
 
-def batches_from(loader: DataLoader, epoch: int, images: int, processes: int) -> Iterator[Batch]:
-    """Iterate over a prepared training loader from an epoch on to the last, without its first images (of all)."""
-    if isinstance(loader.dataset, StreamedImages):
-        loader.dataset.begin(epoch, images // processes)
-    else:
+def batches_from(loader: DataLoader, epoch: int, images: int, epochs: int, accelerator: Accelerator) -> Iterator[Batch]:
+    """Iterate over a training loader's batches, on the device, from an epoch to the last.
+
+    Args:
+        loader: Of `build_loaders`.
+        epoch: The first one.
+        images: Of that epoch, of all processes, to leave out.
+        epochs: Of the run.
+        accelerator: Of the run.
+    """
+    # The loader is not prepared: accelerate would look one batch ahead, and so fail a step too early.
+    for batch in _on_the_host(loader, epoch, images, epochs, accelerator.num_processes):
+        yield send_to_device(batch, accelerator.device, non_blocking=True)
+
+
+def _on_the_host(loader: DataLoader, epoch: int, images: int, epochs: int, processes: int) -> Iterator[Batch]:
+    if not isinstance(loader.dataset, StreamedImages):
         loader.batch_sampler.begin(epoch, images)
-    return iter(loader)
+        yield from loader
+        return
+    for each in range(epoch, epochs):
+        loader.dataset.begin(each, images // processes if each == epoch else 0)
+        yield from loader
 
 
 def fingerprint(splits: Splits) -> str:
@@ -180,18 +196,14 @@ def _train_loader(
         min_side=2 * (recipe.resize or recipe.img_size),  # the rest is for the resize, which is antialiased
         max_bad_images=recipe.max_bad_images,
     )
-    epochs = dict(epochs=recipe.epochs, process=accelerator.process_index, processes=accelerator.num_processes)
+    processes = dict(process=accelerator.process_index, processes=accelerator.num_processes)
     if recipe.streaming:
         share = plan.images // accelerator.num_processes
-        stream = StreamedImages(split, transform, share, batch_size, seed=recipe.seed, **epochs, **reading)
-        loader = create_stream_loader(stream, recipe.workers)
-    else:
-        divided = dict(steps=recipe.grad_accum_steps, drop_last=recipe.drop_last)
-        batches = KeyedBatches(len(split), recipe.seed, recipe.batch_size, **epochs, **divided)
-        loader = create_train_loader(split, transform, batches, workers=recipe.workers, **reading)
-    # Already divided among the processes: accelerate would divide once more, or let the main one read a stream for all.
-    whole = dict(num_processes=1, process_index=0, dispatch_batches=False)
-    return prepare_data_loader(loader, accelerator.device, **whole, put_on_device=True, non_blocking=True)
+        stream = StreamedImages(split, transform, share, batch_size, seed=recipe.seed, **processes, **reading)
+        return create_stream_loader(stream, recipe.workers)
+    divided = dict(epochs=recipe.epochs, steps=recipe.grad_accum_steps, drop_last=recipe.drop_last)
+    batches = KeyedBatches(len(split), recipe.seed, recipe.batch_size, **processes, **divided)
+    return create_train_loader(split, transform, batches, workers=recipe.workers, **reading)
 
 
 def _count(recipe: Recipe, split: datasets.Dataset | datasets.IterableDataset) -> int:

@@ -1,5 +1,6 @@
 """The folder of a run: what was asked for, what happened, and the models."""
 
+import copy
 import json
 import math
 import platform
@@ -107,6 +108,7 @@ class Run:
             aside = self.folder / ".metrics.jsonl"
             shutil.copyfile(checkpoint.folder / "metrics.jsonl", aside)
             aside.replace(self.folder / "metrics.jsonl")
+            save_recipe(self.recipe, self.folder / "recipe.yaml")
             before = json.loads((self.folder / "environment.json").read_text())
             resumed = dict(checkpoint=checkpoint.folder.name) | self._environment()
             self._write_environment(before | dict(resumed=[*before.get("resumed", []), resumed]))
@@ -205,9 +207,11 @@ class Run:
     def _restore_best(self, weights: Path) -> None:
         best = self.folder / "best" / "model.safetensors"
         if weights.exists() and not (best.exists() and digest(best) == digest(weights)):
+            newest = copy.deepcopy(self.model.state_dict())
             self.model.load_state_dict(load_file(weights))
             shutil.rmtree(self.folder / "best", ignore_errors=True)
             self._save_model("best")
+            self.model.load_state_dict(newest)
 
     def _start_trackers(self) -> None:
         if not self.recipe.trackers:

@@ -110,7 +110,8 @@ class TrainingState:
             NumericalError: The last step was not finite; nothing is written.
         """
         self.guard.flush()
-        name = f"epoch-{self.position.epoch:04}-step-{self.step:08}"
+        # In the order of their names also where other settings have other steps.
+        name = f"epoch-{self.position.epoch:04}-image-{self.position.images:08}-step-{self.step:08}"
         if name == self.saved:
             return
         mine = dict(progress=self.progress and self.progress.state(), bad_images=self.bad_images.state())
@@ -163,10 +164,10 @@ class TrainingState:
             )
         if differences:
             self.accelerator.print(f"resuming inexactly:\n\n{differences}\n")
+        self._restore(newest)
         if self.accelerator.is_main_process:
             self.checkpoints.set_aside(newest.folder.name)
         self.run.restore(newest)
-        self._restore(newest)
         self.saved = newest.folder.name
         self.accelerator.print(f"resumed from {newest.folder}")
         return True
@@ -196,9 +197,16 @@ class TrainingState:
         if scaler is not None and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
         self.position = Position(**checkpoint.about["position"])
+        if self.position.images < self.plan.images:  # of other settings: to the beginning of a step of these
+            self.position.images -= self.position.images % self.plan.group
+        else:
+            self.position.images = self.plan.images
         processes = checkpoint.about["processes"]
-        mine = processes[min(self.accelerator.process_index, len(processes) - 1)]
-        self.bad_images.restore(mine["bad_images"], [bad for each in processes for bad in each["bad_images"]])
+        bad_images = [bad for each in processes for bad in each["bad_images"]]
+        mine = dict(bad_images=bad_images if self.accelerator.is_main_process else [], progress=None)
+        if len(processes) == self.accelerator.num_processes:
+            mine = processes[self.accelerator.process_index]
+        self.bad_images.restore(mine["bad_images"], bad_images)
         self.begun = mine["progress"]
 
 
