@@ -1,1 +1,1 @@
-"""What train_accelerate.py is made of: objective, evaluation, progress and the folder of a run."""
+"""What train_accelerate.py is made of: building, loading, a step's gradients, evaluation, checkpoints, a run's folder."""
