@@ -73,7 +73,8 @@ def main(arguments: list[str]) -> int:
         subprocess.run([sys.executable, "-m", "pip", "download", "-q", "-d", folder, *source], check=True)
         (archive,) = Path(folder).glob("*.tar.gz")
         with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
+            # Python has it since 3.11.4.
+            tar.extractall(folder, **(dict(filter="data") if hasattr(tarfile, "data_filter") else {}))
         root = archive.with_name(archive.name.removesuffix(".tar.gz"))
         command = [sys.executable, "-m", "pytest", "-p", "timm_suite", "-W", "ignore", "tests/test_models.py"]
         paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
