@@ -1,1 +1,1 @@
-"""What train_accelerate.py is made of: building, loading, a step's gradients, evaluation, checkpoints, a run's folder."""
+"""What train_accelerate.py is made of: building, loading, gradients, evaluation, checkpoints, the folder of a run."""
