@@ -191,7 +191,7 @@ def loader_of(workers: int) -> DataLoader:
     return DataLoader(range(100), num_workers=workers, worker_init_fn=outlive_signals, persistent_workers=True)
 
 
-@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the sender of a signal cannot be known here")
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="the sender of a signal cannot be known here")
 def test_workers_outlive_signals_of_others_and_end_with_their_parent():
     loader = loader_of(2)
     batches = iter(loader)
@@ -209,7 +209,7 @@ def test_workers_outlive_signals_of_others_and_end_with_their_parent():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the sender of a signal cannot be known here")
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="the sender of a signal cannot be known here")
 @pytest.mark.parametrize("context", ["fork", "forkserver"])
 @pytest.mark.parametrize("end", ["pass", "import sys; sys.exit(3)", "raise ValueError", "os.kill(os.getpid(), 9)"])
 def test_no_end_of_the_training_process_hangs_or_leaves_workers_behind(tmp_path, end, context):

@@ -4,6 +4,9 @@ import os
 import signal
 import threading
 from multiprocessing import parent_process
+from multiprocessing.process import BaseProcess
+
+WATCH = 5  # seconds between looks at the parent
 
 
 def outlive_signals(worker: int) -> None:
@@ -16,15 +19,16 @@ def outlive_signals(worker: int) -> None:
     Linux only: where the sender cannot be known (macOS, Windows) workers are left as they are, and a signal to the
     group ends the run as a kill would.
     """
-    if not hasattr(signal, "sigwaitinfo"):
+    if not hasattr(signal, "sigtimedwait"):
         return
     signals = (signal.SIGTERM, signal.SIGINT)
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    threading.Thread(target=_end_with, args=(parent_process().pid, signals), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent_process(), signals), daemon=True).start()
 
 
-def _end_with(parent: int, signals: tuple[signal.Signals, ...]) -> None:
+def _end_with(parent: BaseProcess, signals: tuple[signal.Signals, ...]) -> None:
     while True:
-        info = signal.sigwaitinfo(signals)
-        if info.si_pid == parent:
+        info = signal.sigtimedwait(signals, WATCH)
+        # torch's workers see that their parent was killed by another one, which a fork server does not let them have.
+        if info.si_pid == parent.pid if info else not parent.is_alive():
             os._exit(0)  # as torch's own handler: an orderly end, which no error is told of
