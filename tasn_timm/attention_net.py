@@ -1,5 +1,6 @@
 """Attention net: the network that turns an image into the features X which trilinear attention reads (Sec. 3.1)."""
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 
@@ -199,6 +200,13 @@ def attention_layout(name: str, backbone: str | None = None, arguments: dict | N
         sizes = [to_2tuple(finest * (positions + more)) for more in range(4)]
         layout["input_size"] = _first_size_taken(layout, [*sizes, own_size], extra)
     return layout | arguments
+
+
+def complete_layout(layout: dict) -> dict:
+    """A layout with every argument that says what net it is, also those that it leaves to `AttentionNet`'s defaults."""
+    given_by_the_model = {"self", "num_classes", "in_chans", "input_affine", "device", "dtype"}
+    parameters = inspect.signature(AttentionNet.__init__).parameters.values()
+    return {each.name: each.default for each in parameters if each.name not in given_by_the_model} | layout
 
 
 def _first_size_taken(layout: dict, sizes: Iterable[tuple[int, int]], extra: dict) -> tuple[int, int]:

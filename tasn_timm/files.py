@@ -1,10 +1,17 @@
-"""Files that are there complete or not at all."""
+"""Files that are there complete or not at all, and what is in them."""
 
 import contextlib
+import hashlib
 import os
 from pathlib import Path
 
 from .errors import UserError
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_whole(path: Path, text: str | None) -> None:

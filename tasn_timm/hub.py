@@ -4,40 +4,24 @@ import copy
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import timm
 import torch
-from huggingface_hub import EvalResult, ModelCardData
 from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import nn
 
 from .attention_net import backbone_cfg
+from .card import Context, Measured, model_card
 from .classifier import BackboneClassifier
 from .errors import UserError, unknown
-from .zoo import HUB_CONFIGS
-
-
-@dataclass
-class Measured:
-    """What a card says about a model."""
-
-    dataset: str
-    split: str
-    images: int
-    top1: float  # percent
-    top5: float | None  # percent
-    recipe: str
-    command: str
-    gflops: float  # per image
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """ "top1" and, where it was measured, "top5", in percent."""
-        values = dict(top1=self.top1, top5=self.top5)
-        return {name: value for name, value in values.items() if value is not None}
+from .files import digest
+from .hub_config import HUB_CONFIGS
+from .hub_errors import reason_of
+from .tasn import TASN
+from .weights import CONFIG, WEIGHTS, download, expected_digest
+from .zoo import CONFIGS
 
 
 def save_folder(
@@ -77,9 +61,10 @@ def save_folder(
             safe_serialization=True,
             data_config=data_config,
         )
-        _complete_config(aside / "config.json", recipe, dataset)
+        _complete_config(plain, aside, recipe, dataset)
         if measured is not None:
-            _write_card(plain, aside, folder, measured)
+            context = Context(title=folder.resolve().parent.name, source=f"local-dir:{folder}")
+            (aside / "README.md").write_text(model_card(plain, measured, context), encoding="utf-8")
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -100,7 +85,7 @@ def check_folder(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise UserError(f"there is no model folder {str(folder)!r}: give the folder that training wrote.")
-    for name in ("config.json", "model.safetensors"):
+    for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"model folder {str(folder)!r} has no {name}: give a complete one, such as RUN/best.")
 
@@ -120,14 +105,22 @@ def load_model(source: str) -> nn.Module:
         UserError: There is no such model, it cannot be read, or it is one of ours without a trained classifier.
     """
     name = _timm_name(source)
-    if ":" not in name and name.startswith(("tasn", "isqrt_cov")) and not backbone_cfg(name).label_names:
-        raise _untrained(source)  # before its backbones are downloaded
+    # timm would not tell what is wrong with a config.json, or in many lines.
+    if name.startswith("hf-hub:"):
+        expected_digest(download(name.removeprefix("hf-hub:"), CONFIG))
+    elif name.startswith("local-dir:"):
+        expected_digest(Path(name.removeprefix("local-dir:")) / CONFIG)
+    if ":" not in name and name.startswith(("tasn", "isqrt_cov")):
+        cfg = backbone_cfg(name)
+        config = CONFIGS.get(f"{cfg.architecture}.{cfg.tag}")
+        if not cfg.label_names and not (config and config.tasn.recipe):
+            raise _untrained(source)  # before its backbones are downloaded
     try:
         model = timm.create_model(name, pretrained=True)
     except UserError:
         raise
     except (RuntimeError, OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        raise UserError(f"model {source!r} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise UserError(f"model {source!r} cannot be loaded: {reason_of(error)}") from error
     if isinstance(model, BackboneClassifier) and not model.pretrained_cfg.get("label_names"):
         raise _untrained(source)
     return model.eval()
@@ -144,9 +137,9 @@ def trained_on(source: str) -> str | None:
     """
     name = _timm_name(source)
     if name.startswith("hf-hub:"):
-        return None
-    if name.startswith("local-dir:"):
-        path = Path(name.removeprefix("local-dir:")) / "config.json"
+        path = download(name.removeprefix("hf-hub:"), CONFIG)
+    elif name.startswith("local-dir:"):
+        path = Path(name.removeprefix("local-dir:")) / CONFIG
     else:
         cfg = backbone_cfg(name)
         path = HUB_CONFIGS / f"{cfg.architecture}.{cfg.tag}.json"
@@ -154,7 +147,9 @@ def trained_on(source: str) -> str | None:
         config = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
         raise UserError(f"model {source!r} cannot be loaded: {path} is not JSON ({error}).") from error
-    return (config.get("tasn") or {}).get("dataset")
+    tasn = config.get("tasn") or {}
+    dataset, revision = tasn.get("dataset"), tasn.get("dataset_revision")
+    return f"{dataset}@{revision}" if revision else dataset
 
 
 def _timm_name(source: str) -> str:
@@ -181,73 +176,15 @@ def _untrained(source: str) -> UserError:
     )
 
 
-def _complete_config(path: Path, recipe: str | None, dataset: str | None) -> None:
+def _complete_config(model: nn.Module, folder: Path, recipe: str | None, dataset: str | None) -> None:
+    path = folder / CONFIG
+    config = json.loads(path.read_text())
+    arguments = config.get("model_args", {})
     # transformers passes num_classes itself and beside model_args, which fails when it is in both (seen with 5.23 and
     # timm 1.0.31). timm itself reads it from pretrained_cfg.
-    config = json.loads(path.read_text())
-    config.get("model_args", {}).pop("num_classes", None)
-    config["tasn"] = dict(recipe=recipe, dataset=dataset)
+    arguments.pop("num_classes", None)
+    if isinstance(model, TASN):  # every argument of it, so that later layouts cannot change a saved model
+        arguments.pop("attention_backbone", None)
+        arguments["attention_args"] = model.attention_layout
+    config["tasn"] = dict(recipe=recipe, dataset=dataset, sha256=digest(folder / WEIGHTS))
     path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _write_card(model: nn.Module, aside: Path, folder: Path, measured: Measured) -> None:
-    data = ModelCardData(
-        model_name=folder.resolve().parent.name,
-        library_name="timm",
-        tags=["image-classification", "timm", "tasn", "fine-grained"],
-        eval_results=[
-            EvalResult(
-                task_type="image-classification",
-                dataset_type=measured.dataset,
-                dataset_name=measured.dataset,
-                dataset_split=measured.split,
-                metric_type="accuracy",
-                metric_name=f"{name} (%)",
-                metric_value=round(value, 2),
-            )
-            for name, value in measured.metrics.items()
-        ],
-    )
-    accuracy = ", ".join(f"{name} {value:.2f} %" for name, value in measured.metrics.items())
-    parameters = sum(p.numel() for p in model.parameters())
-    text = f"""---
-{data.to_yaml()}
----
-
-# {data.model_name}
-
-`{model.pretrained_cfg["architecture"]}`, {model.num_classes} classes, trained with tasn_timm on `{measured.dataset}`.
-
-| split | images | accuracy | parameters | GFLOPs an image |
-|---|---|---|---|---|
-| {measured.split} | {measured.images} | {accuracy} | {parameters / 1e6:.2f} M | {measured.gflops:.4g} |
-
-The split was read once, after training; one centre crop an image. FLOPs are those of convolutions and matrix products,
-two per multiply-add.
-
-## Use
-
-```python
-import timm, tasn_timm  # the import registers the architecture
-
-model = timm.create_model("local-dir:{folder}", pretrained=True).eval()  # once published: "hf-hub:user/name"
-config = timm.data.resolve_model_data_config(model)
-transform = timm.data.create_transform(**config)
-logits = model(transform(image).unsqueeze(0))  # from a PIL image; (1, {model.num_classes})
-model.pretrained_cfg["label_names"][logits.argmax()]
-```
-
-## Training
-
-Recipe `{measured.recipe}`; every option is in `recipe.yaml` beside the run. Command: `{measured.command}`
-
-## Limits
-
-It knows the {model.num_classes} classes of its dataset and nothing else: any other picture gets one of these names.
-
-## Citation
-
-Zheng, Fu, Zha, Luo: Looking for the Devil in the Details: Learning Trilinear Attention Sampling Network for
-Fine-grained Image Recognition. CVPR 2019.
-"""
-    (aside / "README.md").write_text(text)

@@ -7,7 +7,7 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor
 
-from .attention_net import AttentionNet, attention_layout, stem_convolutions
+from .attention_net import AttentionNet, attention_layout, complete_layout, stem_convolutions
 from .attention_sampler import AttentionSampler
 from .classifier import BackboneClassifier
 from .errors import UserError, no_effect
@@ -138,9 +138,10 @@ class TASN(BackboneClassifier):
             part_net=part_net,
             heads=heads,
         )
+        layout = attention_layout(attention_net, attention_backbone, attention_args)
         front = dict(
             attention_net=AttentionNet(
-                **attention_layout(attention_net, attention_backbone, attention_args),
+                **layout,
                 num_classes=num_classes,
                 in_chans=in_chans,
                 input_affine=attention_affine,
@@ -166,6 +167,7 @@ class TASN(BackboneClassifier):
             front=front,
             **dd,
         )
+        self.attention_layout = complete_layout(layout)  # as attention_args the same net, whatever the presets become
         self.master_net = master_net
         self.part_net = part_net
         self.distilled_training = False

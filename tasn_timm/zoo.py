@@ -1,13 +1,16 @@
 """Named models for timm's registry. Their default_cfgs come from hub_configs/, one file per architecture and tag."""
 
-import json
+import copy
+import dataclasses
 import math
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 import timm
 from timm.layers import to_2tuple
 from timm.models import (
+    DefaultCfg,
     PretrainedCfg,
     build_model_with_cfg,
     generate_default_cfgs,
@@ -19,33 +22,42 @@ from torch import Tensor, nn
 from .attention_net import PRESETS, backbone_cfg
 from .classifier import SECOND_ORDER, BackboneClassifier
 from .errors import UserError
+from .hub_config import HUB_CONFIGS, HubConfig
 from .tasn import TASN
+from .weights import check, weights_in, weights_on_hub
 
 __all__: list[str] = []  # timm adds the registered names
 
-# Where an installed package keeps them, else the checkout's top level.
-HUB_CONFIGS = next(
-    folder
-    for folder in (Path(__file__).parent / "hub_configs", Path(__file__).parents[1] / "hub_configs")
-    if folder.is_dir()
-)
+CONFIGS = {path.stem: HubConfig.read(path) for path in sorted(HUB_CONFIGS.glob("*.json"))}
+
+SOURCE = ("source", "file", "hf_hub_id")  # of a pretrained_cfg: where a trained model's weights are
+
+# What a checkpoint says of the first is not meant for another value of the others than its own.
+DEPENDENT = {
+    "attention_args": ("attention_net", "attention_backbone"),
+    "heads": ("master_net", "part_net"),
+}
 
 
-def read_hub_config(path: Path) -> dict:
-    """Read "<architecture>.<tag>.json": timm's config.json and a "tasn" block.
+def default_cfg(config: HubConfig) -> dict:
+    """timm's default_cfg of a checkpoint.
 
-    Weights that ship with the package lie beside it as "<architecture>.<tag>.safetensors".
+    Its weights are those that ship with the package as "<architecture>.<tag>.safetensors", or that are published, or
+    those of its backbone that its file names; or there are none.
     """
-    config = json.loads(path.read_text())
-    architecture, tag = path.stem.split(".", 1)
-    assert config["architecture"] == architecture, f"{path.name} describes {config['architecture']}"
-    config["pretrained_cfg"] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in config["pretrained_cfg"].items()
-    } | dict(architecture=architecture, tag=tag, num_classes=config["num_classes"])
-    weights = path.with_suffix(".safetensors")
-    if weights.is_file():
-        config["pretrained_cfg"]["file"] = str(weights)
-    return config
+    cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in config.pretrained_cfg.items()}
+    cfg |= dict(architecture=config.architecture, tag=config.tag, num_classes=config.num_classes)
+    shipped = HUB_CONFIGS / f"{config.name}.safetensors"
+    if shipped.is_file():
+        cfg["file"] = str(shipped)
+    if config.tasn.repo_id:
+        cfg["hf_hub_id"] = f"{config.tasn.repo_id}@{config.tasn.commit}"
+    return cfg
+
+
+def default_tag(architecture: str) -> str:
+    """The tag of a name without one, whatever is published under others: a starting point, or what ships with us."""
+    return "synthbirds" if architecture == "tasn_tiny" else "in1k"
 
 
 def starting_cfg(backbone: str, sample_size: int | tuple[int, int] = 224) -> dict:
@@ -78,23 +90,63 @@ def _weights_cfg(backbone: str) -> dict:
     return source | {name: getattr(cfg, name) for name in names} | dict(classifier="heads.shared")
 
 
-default_cfgs = generate_default_cfgs(
-    {path.stem: read_hub_config(path)["pretrained_cfg"] for path in sorted(HUB_CONFIGS.glob("*.json"))}
-)
+def _default_cfgs(configs: Iterable[HubConfig]) -> dict[str, DefaultCfg]:
+    """Default cfgs by architecture. A "*" is timm's mark of the default tag."""
+    return generate_default_cfgs(
+        {
+            config.name + "*" * (config.tag == default_tag(config.architecture)): default_cfg(config)
+            for config in configs
+        }
+    )
 
 
-def _create_tasn(variant: str, pretrained: bool, backbone: str, **kwargs) -> TASN:
+default_cfgs = _default_cfgs(CONFIGS.values())
+
+
+def _create_tasn(variant: str, pretrained: bool, backbone: str, defaults: dict | None = None, /, **kwargs) -> TASN:
+    """Build a TASN with the arguments given, else with those of its tag, else with `defaults`."""
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    # A saved model says it in its config. A new one does not wait for pretrained=True: a checkpoint of a model that
-    # started from pretrained weights has to give the same logits in one that did not. Not set afterwards: with
-    # features_only=True, feature_cls="fx" the model is a graph by then.
-    if not cfg.source and kwargs.get("attention_affine") is None:
-        layout = PRESETS.get(kwargs.get("attention_net", "published"), {}) | (kwargs.get("attention_args") or {})
-        attention_backbone = kwargs.get("attention_backbone") or layout.get("backbone")
-        if attention_backbone:
-            own, in_chans = backbone_cfg(attention_backbone), kwargs.get("in_chans", 3)
-            kwargs["attention_affine"] = _renormalization(cfg, own, in_chans)
-    return _build(TASN, variant, pretrained, backbone=backbone, **kwargs)
+    # A saved model says everything in its own config, whatever tag it started from.
+    config = None if cfg.source else CONFIGS.get(f"{variant}.{cfg.tag}")
+    if pretrained and config and not _source(vars(cfg)):
+        raise _unpublished(config)
+    own = (defaults or {}) | (_arguments_of_tag(config, kwargs) if config else {})
+    arguments = own | kwargs
+    # A new model does not wait for pretrained=True: a checkpoint of a model that started from pretrained weights has to
+    # give the same logits in one that did not. Not set afterwards: with features_only=True, feature_cls="fx" the model
+    # is a graph by then.
+    if not cfg.source and arguments.get("attention_affine") is None:
+        arguments["attention_affine"] = _attention_affine(cfg, arguments)
+    model = _build(TASN, variant, pretrained, backbone=backbone, **arguments)
+    # What config.json has to say besides what `TASN` and timm note: they do not know what nobody gave.
+    noted = {name: value for name, value in own.items() if value is not None and name not in kwargs}
+    model._model_args = noted | getattr(model, "_model_args", {})
+    return model
+
+
+def _arguments_of_tag(config: HubConfig, given: dict) -> dict:
+    """The model_args of a tag, without those that other arguments given leave no sense to."""
+    own = copy.deepcopy(config.model_args)
+    for name, others in DEPENDENT.items():
+        if any(given.get(other, own.get(other)) != own.get(other) for other in others):
+            own.pop(name, None)
+    return own
+
+
+def _unpublished(config: HubConfig) -> UserError:
+    recipe = config.tasn.recipe
+    return UserError(
+        f"nobody has published weights for {config.name}. Recipe {recipe} makes them: `accelerate launch "
+        f"train_accelerate.py --recipe {recipe}`, then `python -m tasn_timm publish runs/{recipe} --repo "
+        f"USER/{recipe}`. {config.architecture} with pretrained=True starts from ImageNet weights."
+    )
+
+
+def _attention_affine(cfg: PretrainedCfg, arguments: dict) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """TASN's argument of that name, for its other ones and images normalised as a cfg says."""
+    layout = PRESETS.get(arguments.get("attention_net", "published"), {}) | (arguments.get("attention_args") or {})
+    backbone = arguments.get("attention_backbone") or layout.get("backbone")
+    return _renormalization(cfg, backbone_cfg(backbone), arguments.get("in_chans", 3)) if backbone else None
 
 
 def _renormalization(
@@ -119,6 +171,10 @@ def _build(cls: type[BackboneClassifier], variant: str, pretrained: bool, **kwar
     # What is sure to be a backbone's is left to timm, whose loaders know its format. Elsewhere the keys tell.
     starts = pretrained and (untouched or "custom_load" in source)
     cache_dir = kwargs.get("cache_dir")
+    checked = _checked_weights(cfg, cache_dir) if pretrained and not starts else None
+    if checked:  # before anything is built
+        kwargs["pretrained_cfg"] = dataclasses.replace(cfg, source=None, file=str(checked), hf_hub_id=None)
+        kwargs.pop("pretrained_cfg_overlay", None)
     model = build_model_with_cfg(
         cls,
         variant,
@@ -128,12 +184,30 @@ def _build(cls: type[BackboneClassifier], variant: str, pretrained: bool, **kwar
         **kwargs,
     )
     classifier = getattr(model, "model", model)  # features_only=True wraps it
+    if checked:  # what it says is where they come from, not where they lie
+        model.pretrained_cfg.pop("file")
+        model.pretrained_cfg.update({key: getattr(cfg, key) for key in SOURCE if getattr(cfg, key)})
     if starts:
         classifier.load_state_dict(_starting_state(classifier, {} if untouched else source, cache_dir))
     # The names depend on the backbone, so the generic entries' cfgs do not have them.
     if not model.pretrained_cfg.get("first_conv"):
         model.pretrained_cfg["first_conv"] = classifier._traits["first_conv"]
     return model
+
+
+def _checked_weights(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Path | None:
+    """The file of a trained model's weights, checked; None for weights that say nothing of themselves."""
+    if cfg.source == "local-dir":
+        return weights_in(Path(cfg.file))
+    if cfg.source == "hf-hub":
+        return weights_on_hub(cfg.hf_hub_id, cache_dir=cache_dir)
+    config = CONFIGS.get(f"{cfg.architecture}.{cfg.tag}")
+    if config is None or _source(vars(cfg)) != _source(default_cfg(config)):
+        return None
+    if config.tasn.repo_id:
+        return weights_on_hub(cfg.hf_hub_id, config.tasn.sha256, cache_dir)
+    check(Path(cfg.file), config.tasn.sha256)
+    return Path(cfg.file)
 
 
 def _source(cfg: dict) -> dict:
@@ -249,8 +323,14 @@ def tasn_resnet101(pretrained: bool = False, **kwargs) -> TASN:
 
 
 @register_model
+def tasn_vgg19(pretrained: bool = False, **kwargs) -> TASN:
+    """VGG-19 with the published attention net: the paper's other model for CUB-200-2011 and Stanford Cars."""
+    return _create_tasn("tasn_vgg19", pretrained, "vgg19.tv_in1k", **kwargs)
+
+
+@register_model
 def tasn_vgg19_bn(pretrained: bool = False, **kwargs) -> TASN:
-    """VGG-19 with BatchNorm and the published attention net (Tables 6 and 8 have VGG-19)."""
+    """VGG-19 with BatchNorm and the published attention net; the paper's VGG-19 has none."""
     return _create_tasn("tasn_vgg19_bn", pretrained, "vgg19_bn.tv_in1k", **kwargs)
 
 
@@ -267,11 +347,11 @@ def tasn_tiny(pretrained: bool = False, **kwargs) -> TASN:
     Trained from scratch, so with our additions where the paper counts on ImageNet weights: a sharper relation softmax
     and a flat top on the structure map.
     """
-    arguments = dict(
+    defaults = dict(
         sample_size=48,
         attention_net="tiny",
         relation_scale=10.0,
         structure_shape="flat_top",
         backbone_args=dict(channels=(24, 48, 72, 96), stem_width=12),
     )
-    return _create_tasn("tasn_tiny", pretrained, "resnet10t", **arguments | kwargs)
+    return _create_tasn("tasn_tiny", pretrained, "resnet10t", defaults, **kwargs)

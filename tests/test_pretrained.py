@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import socket
 import threading
 from dataclasses import replace
@@ -54,7 +55,7 @@ class Hub:
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
-        path = request.path.strip("/").replace("/resolve/main/", "/")
+        path = re.sub(f"/resolve/(main|{self.COMMIT})/", "/", request.path.strip("/"))
         if not path.startswith("api/"):  # where the client learns about its own surroundings
             self.requests.append((request.command, path))
         body = self.files.get(path, b"")

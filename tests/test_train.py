@@ -1,5 +1,6 @@
 """The training script: from a folder of images to a model that timm loads; what it refuses; two processes."""
 
+import hashlib
 import json
 import math
 import os
@@ -54,7 +55,9 @@ def test_the_run_is_documented(train, tmp_path, image_folder):
     assert "--seed 5" in environment["command"]
     assert "accuracy" in (run / "best" / "README.md").read_text()
     config = json.loads((run / "best" / "config.json").read_text())
-    assert config["tasn"] == dict(recipe="small", dataset=str(image_folder))
+    weights = (run / "best/model.safetensors").read_bytes()
+    known = dict(recipe="small", dataset=str(image_folder), sha256=hashlib.sha256(weights).hexdigest())
+    assert config["tasn"] == known
 
 
 def test_the_same_seed_gives_the_same_weights_and_a_second_run_its_own_folder(train, tmp_path):

@@ -1,6 +1,5 @@
 """Named models: what timm's registry shows, what hub_configs/ says, and where ImageNet weights go."""
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -8,12 +7,10 @@ import sys
 import pytest
 import timm
 import torch
-from PIL import Image
 
-from tasn_timm.data import synthbirds
-from tasn_timm.zoo import HUB_CONFIGS, default_cfgs, read_hub_config, starting_cfg
+from tasn_timm.zoo import CONFIGS, HUB_CONFIGS, default_cfgs, starting_cfg
 
-NAMED = ["resnet18", "resnet50", "resnet101", "vgg19_bn", "convnext_tiny"]
+NAMED = ["resnet18", "resnet50", "resnet101", "vgg19", "vgg19_bn", "convnext_tiny"]
 GENERIC = dict(
     backbone="test_resnet", sample_size=32, attention_backbone="test_resnet", attention_net="lite", num_classes=7
 )
@@ -28,23 +25,21 @@ def test_the_registry_lists_the_models():
     assert timm.models.list_modules().count("zoo") == 1
 
 
-@pytest.mark.parametrize("path", sorted(HUB_CONFIGS.glob("*.json")), ids=lambda path: path.stem)
-def test_every_hub_config_describes_the_model_it_builds(path):
-    config = read_hub_config(path)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_hub_config_describes_the_model_it_builds(name):
+    config = CONFIGS[name]
     with torch.device("meta"):
-        model = timm.create_model(path.stem, **config["model_args"])
+        model = timm.create_model(name).eval()
+        maps = model.backbone.forward_features(torch.empty(1, 3, *model.sample_size))
     cfg = model.pretrained_cfg
     names = dict(model.named_modules())
-    assert model.num_classes == config["num_classes"] == cfg["num_classes"]
+    assert (cfg["architecture"], cfg["tag"]) == (config.architecture, config.tag)
+    assert model.num_classes == config.num_classes == cfg["num_classes"]
     assert cfg["first_conv"] == model._traits["first_conv"]
     assert all(names[name].weight.shape[1] == 3 for name in cfg["first_conv"])
     assert [names[name].out_features for name in cfg["classifier"]] == [model.num_classes] * 4
     assert cfg["min_input_size"][1:] == model.sample_size
-    assert cfg["pool_size"] == tuple(-(-side // model.feature_info[-1]["reduction"]) for side in model.sample_size)
-    assert set(config) == {"architecture", "num_classes", "model_args", "pretrained_cfg", "tasn"}
-    assert set(config["tasn"]) == {
-        *("recipe", "dataset", "dataset_revision", "paper_top1", "measured_top1", "repo_id", "commit", "sha256")
-    }
+    assert cfg["pool_size"] == tuple(maps.shape[2:])
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -57,20 +52,6 @@ def test_starting_points_are_their_backbones_own_weights(name):
     assert cfg == expected
     assert cfg["hf_hub_id"] == f"timm/{name}.{backbone['tag']}"
     assert default_cfgs[f"tasn_{name}"].default.has_weights
-
-
-def test_the_shipped_checkpoint_knows_the_birds(no_network):
-    path = HUB_CONFIGS / "tasn_tiny.synthbirds_48.json"
-    config = read_hub_config(path)
-    assert hashlib.sha256(path.with_suffix(".safetensors").read_bytes()).hexdigest() == config["tasn"]["sha256"]
-    assert "tasn_tiny.synthbirds_48" in timm.list_models("tasn*", pretrained=True)
-    model = timm.create_model("tasn_tiny", pretrained=True).eval()
-    assert list(model.pretrained_cfg["label_names"]) == synthbirds.CLASS_NAMES
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    images = torch.stack([transform(Image.fromarray(synthbirds.draw("test", index))) for index in range(96)])
-    with torch.inference_mode():
-        right = model(images).argmax(1) == torch.arange(96) % 24
-    assert right.float().mean() > 0.8, "measured on all 960: " + str(config["tasn"]["measured_top1"])
 
 
 def test_importing_the_package_costs_timms_import_only():

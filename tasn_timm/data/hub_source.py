@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError, unknown
+from ..hub_errors import Unreachable, caused, causes, telling
 from .split_names import find_split, load_each
 
 if TYPE_CHECKING:
@@ -17,11 +18,6 @@ if TYPE_CHECKING:
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@.+)?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-LOG_IN = "log in with hf auth login, or set HF_TOKEN"
-
-
-class Unreachable(Exception):
-    """The Hub does not answer, or was not asked because of HF_HUB_OFFLINE."""
 
 
 def load_from_hub(name: str, *, only: Collection[str] | None = None, streaming: bool = False) -> dict:
@@ -116,59 +112,23 @@ def _fetch(repo: str, commit: str, only: Collection[str] | None, streaming: bool
 
 @contextmanager
 def _telling(repo: str) -> Iterator[None]:
-    """Turn what goes wrong with the Hub into one line."""
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HTTPError
-
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, HTTPError, RuntimeError, ValueError, DatasetsError) as error:
-        raise _problem(repo, error) from error
-
-
-def _problem(repo: str, error: Exception) -> UserError | Unreachable:
+    """Turn what goes wrong with the Hub, or with what `datasets` finds there, into one line."""
     from datasets.data_files import EmptyDatasetError
-    from datasets.exceptions import DataFilesNotFoundError
-    from huggingface_hub import constants, get_token
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
+    from datasets.exceptions import DataFilesNotFoundError, DatasetsError
 
-    def caused(*kinds: type) -> bool:
-        return any(isinstance(cause, kinds) for cause in _causes(error))
-
-    root = error.__cause__ or error
-    reason = " ".join(str(root).split()) or type(root).__name__
-    reason = reason.replace(get_token() or "\n", "***")  # some errors quote the request's headers
-    if caused(OfflineModeIsEnabled):
-        return Unreachable("HF_HUB_OFFLINE is set")
-    if caused(ConnectionError) or (caused(HTTPError) and not caused(HfHubHTTPError)):
-        return Unreachable(f"the Hub cannot be reached ({reason})")
-    if caused(GatedRepoError):
-        problem = f"is gated: accept its terms at {constants.ENDPOINT}/datasets/{repo}, then {LOG_IN}."
-    elif caused(RepositoryNotFoundError):
-        problem = f"is neither a folder here nor on the Hub, or it is private: check the name, or {LOG_IN}."
-    elif any("Dataset scripts are no longer supported" in str(cause) for cause in _causes(error)):
-        problem = "is a script, which datasets no longer runs: use a dataset of parquet files or images."
-    elif "Config name is missing" in reason:
-        problem = "has several configurations, of which none can be chosen here: use a dataset with one."
-    elif caused(EmptyDatasetError, DataFilesNotFoundError):
-        problem = "has no files that datasets reads: use a dataset of parquet files or images."
-    else:
-        problem = f"cannot be loaded: {reason}"
-    return UserError(f"dataset {repo!r} {problem}")
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+    with telling("dataset", repo, DatasetsError):
+        try:
+            yield
+        except (OSError, RuntimeError, ValueError, DatasetsError) as error:
+            if any("Dataset scripts are no longer supported" in str(cause) for cause in causes(error)):
+                what = "is a script, which datasets no longer runs: use a dataset of parquet files or images."
+            elif "Config name is missing" in str(error):
+                what = "has several configurations, of which none can be chosen here: use a dataset with one."
+            elif caused(error, EmptyDatasetError, DataFilesNotFoundError):
+                what = "has no files that datasets reads: use a dataset of parquet files or images."
+            else:
+                raise
+            raise UserError(f"dataset {repo!r} {what}") from error
 
 
 def _cached_commit(repo: str, revision: str) -> str | None:

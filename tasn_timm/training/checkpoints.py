@@ -1,13 +1,14 @@
 """Checkpoints: folders that are there complete or not at all, and can tell whether they still are."""
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ..files import digest
 
 MANIFEST = "manifest.json"
 
@@ -111,12 +112,6 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # another file system, or one without links
         shutil.copyfile(source, target)
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -21,10 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from ..card import Measured
 from ..errors import UserError
-from ..hub import Measured, save_folder
+from ..files import digest
+from ..hub import save_folder
 from ..recipe import Recipe, save_recipe
-from .checkpoints import Checkpoint, digest, link_or_copy
+from .checkpoints import Checkpoint, link_or_copy
 from .evaluation import Scores, count_flops
 from .progress import Progress
 

@@ -1,0 +1,178 @@
+"""The card of a trained model: README.md of its folder and of its repository on the Hub."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from huggingface_hub import EvalResult, ModelCardData
+from torch import nn
+
+from .recipe import PaperRow
+
+CITATION = """Heliang Zheng, Jianlong Fu, Zheng-Jun Zha, Jiebo Luo: *Looking for the Devil in the Details: Learning
+Trilinear Attention Sampling Network for Fine-grained Image Recognition*, CVPR 2019.
+
+```bibtex
+@inproceedings{zheng2019looking,
+  title = {Looking for the Devil in the Details: Learning Trilinear Attention Sampling Network for Fine-grained Image
+           Recognition},
+  author = {Zheng, Heliang and Fu, Jianlong and Zha, Zheng-Jun and Luo, Jiebo},
+  booktitle = {CVPR},
+  year = {2019}
+}
+```"""
+
+
+@dataclass
+class Measured:
+    """What was measured of a model, once, after its training."""
+
+    dataset: str
+    split: str
+    images: int
+    top1: float  # percent
+    top5: float | None  # percent
+    recipe: str
+    command: str
+    gflops: float  # per image
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """ "top1" and, where it was measured, "top5", in percent."""
+        values = dict(top1=self.top1, top5=self.top5)
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass
+class Context:
+    """What a card says beside the measured.
+
+    Args:
+        title: Of the card.
+        source: What `timm.create_model` takes for the model.
+        dataset_id: Of the dataset on the Hub; None for others.
+        revision: Of that dataset, a commit.
+        license: Of the weights, as the Hub names licences; None where nobody said.
+        figure: File of a figure in the same folder; None for none.
+        differences: Options that differ from the named recipe's, as text.
+        paper: Rows of the paper that the recipe is for.
+    """
+
+    title: str
+    source: str
+    dataset_id: str | None = None
+    revision: str | None = None
+    license: str | None = None
+    figure: str | None = None
+    differences: Sequence[str] = ()
+    paper: Sequence[PaperRow] = ()
+
+
+def model_card(model: nn.Module, measured: Measured, context: Context) -> str:
+    """Write the card of a timm model, metadata for the Hub included (license, dataset, "model-index" of results)."""
+    return "\n\n".join(
+        [
+            f"---\n{_metadata(measured, context)}\n---",
+            f"# {context.title}",
+            f"`{model.pretrained_cfg['architecture']}`, {model.num_classes} classes, trained with tasn_timm on "
+            f"{_dataset(measured, context)}.",
+            *([_figure(context.figure)] if context.figure else []),
+            _results(model, measured, context),
+            _use(model, context),
+            _training(measured, context),
+            _limits(model, context),
+            f"## Citation\n\n{CITATION}\n",
+        ]
+    )
+
+
+def _metadata(measured: Measured, context: Context) -> str:
+    dataset = dict(
+        dataset_type=context.dataset_id or measured.dataset,
+        dataset_name=measured.dataset,
+        dataset_split=measured.split,
+        dataset_revision=context.revision,
+    )
+    data = ModelCardData(
+        model_name=context.title,
+        library_name="timm",
+        pipeline_tag="image-classification",
+        license=context.license,
+        datasets=[context.dataset_id] if context.dataset_id else None,
+        metrics=["accuracy"],
+        tags=["image-classification", "timm", "tasn", "fine-grained"],
+        eval_results=[
+            EvalResult(
+                task_type="image-classification",
+                metric_type="accuracy",
+                metric_name=f"{name} (%)",
+                metric_value=round(value, 2),
+                **dataset,
+            )
+            for name, value in measured.metrics.items()
+        ],
+    )
+    return data.to_yaml()
+
+
+def _dataset(measured: Measured, context: Context) -> str:
+    if context.dataset_id is None:
+        return f"`{measured.dataset}`"
+    at = f" at commit `{context.revision}`" if context.revision else ""
+    return f"[{context.dataset_id}](https://huggingface.co/datasets/{context.dataset_id}){at}"
+
+
+def _figure(file: str) -> str:
+    return (
+        f"![a picture; where the model looks; what its backbone sees]({file})\n\nA picture, the attention map over "
+        f"it, and the pixels that are sampled for the backbone."
+    )
+
+
+def _results(model: nn.Module, measured: Measured, context: Context) -> str:
+    accuracy = ", ".join(f"{name} {value:.2f} %" for name, value in measured.metrics.items())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    paper = "".join(
+        f"\n- The paper reports {row.top1:.1f} % (Table {row.table}, {row.row}); measured here: {measured.top1:.1f} %."
+        for row in context.paper
+    )
+    return f"""| split | images | accuracy | parameters | GFLOPs an image |
+|---|---|---|---|---|
+| {measured.split} | {measured.images} | {accuracy} | {parameters / 1e6:.2f} M | {measured.gflops:.4g} |
+
+The split was read once, after training; one centre crop an image. FLOPs are those of convolutions and matrix products,
+two per multiply-add.{chr(10) if paper else ""}{paper}"""
+
+
+def _use(model: nn.Module, context: Context) -> str:
+    return f"""## Use
+
+```python
+import timm, tasn_timm  # the import registers the architecture
+
+model = timm.create_model("{context.source}", pretrained=True).eval()
+config = timm.data.resolve_model_data_config(model)
+transform = timm.data.create_transform(**config)
+logits = model(transform(image).unsqueeze(0))  # from a PIL image; (1, {model.num_classes})
+model.pretrained_cfg["label_names"][logits.argmax()]
+```"""
+
+
+def _training(measured: Measured, context: Context) -> str:
+    other = f" with other options: {', '.join(context.differences)}" if context.differences else ""
+    return f"""## Training
+
+Recipe `{measured.recipe}`{other}. Every option as used is in `recipe.yaml`. Command:
+
+```bash
+{measured.command}
+```"""
+
+
+def _limits(model: nn.Module, context: Context) -> str:
+    license = f"the licence of these weights is {context.license}" if context.license else "nobody stated a licence"
+    return f"""## Limits and licence
+
+It knows the {model.num_classes} classes of its dataset and nothing else: any other picture gets one of their names.
+How it does on pictures of other cameras, places and seasons than its dataset's was not measured.
+
+As far as its author says, {license}; the pictures that it was trained on have terms of their own."""
