@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .commands import check_data, evaluate, export, prepare, recipes, run
+from .commands import check_data, evaluate, export, prepare, publish, recipes, run
 from .errors import UserError
 
 COMMANDS = {
@@ -12,6 +12,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "export": export,
     "prepare": prepare,
+    "publish": publish,
     "recipes": recipes,
     "run": run,
 }

@@ -1,0 +1,287 @@
+"""A finished run as a repository of the Hugging Face Hub: what goes there, and the way there."""
+
+import difflib
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import CommitInfo, HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+from PIL import Image
+from torch import nn
+
+from .card import Context, Measured, model_card
+from .data.synthbirds import draw
+from .errors import UserError
+from .hub import load_model
+from .hub_config import HUB_CONFIGS, PICTURE, HubConfig, Training
+from .hub_errors import LOG_IN, problem, reason_of
+from .recipe import FREE_OPTIONS, RECIPES, Recipe, load_recipe, save_recipe
+from .recipe_cards import recipe_cards
+from .tasn import TASN
+from .visualize import attention_panels
+from .weights import CONFIG, WEIGHTS, weights_in
+
+REPO = re.compile(r"[\w.-]+/[\w.-]+")
+FIGURE = "attention.png"
+PERSONAL = (*FREE_OPTIONS, "data", "seed", "cpu")  # options that two runs of one recipe may have otherwise
+
+
+class FinishedRun(NamedTuple):
+    """What training has left, to be published."""
+
+    name: str  # of the recipe
+    folder: Path
+    recipe: Recipe
+    config: dict[str, Any]  # of best/
+    test: dict[str, float]  # what was measured at the end
+    differences: list[str]  # from the package's recipe of that name; of any other one none are known
+
+    @property
+    def dataset(self) -> tuple[str | None, str | None, str]:
+        """Id on the Hub or built-in name, commit, and a name to show; a folder's path is nobody's business."""
+        name, _, revision = self.recipe.data.partition("@")
+        if Path(name).exists() or not (REPO.fullmatch(name) or re.fullmatch(r"\w+", name)):
+            return None, None, Path(name).name
+        return name, revision or None, name
+
+
+def read_run(folder: Path) -> FinishedRun:
+    """Read the folder of a run that has ended with its test.
+
+    Raises:
+        UserError: It is none, its training has not ended, nothing was tested, or its weights are damaged.
+    """
+    recipe_file, metrics = folder / "recipe.yaml", folder / "metrics.jsonl"
+    if not (folder / "best" / CONFIG).is_file() or not recipe_file.is_file() or not metrics.is_file():
+        raise UserError(f"{str(folder)!r} is no folder of a run with best/, recipe.yaml and metrics.jsonl: give one.")
+    lines = metrics.read_text().splitlines()
+    last = json.loads(lines[-1]) if lines else {}
+    if "test" not in last:
+        raise UserError(
+            f"run {str(folder)!r} has no final evaluation, and a model is published with one: let it end (--resume "
+            f"auto), on data with a test split."
+        )
+    weights_in(folder / "best")
+    config = json.loads((folder / "best" / CONFIG).read_text())
+    recipe = load_recipe(str(recipe_file), {})
+    name = (config.get("tasn") or {}).get("recipe") or folder.name
+    return FinishedRun(name, folder, recipe, config, last["test"], _differences(name, recipe))
+
+
+def build_repository(
+    run: FinishedRun, target: Path, repo: str, license: str | None = None, example: Path | None = None
+) -> None:
+    """Write what is published into a new folder: weights, config.json, card, recipe, results and a figure.
+
+    Args:
+        run: From `read_run`.
+        target: The folder.
+        repo: "user/name", for the card.
+        license: Of the weights; None: that of those from which it started, if any.
+        example: Picture for the card's figure; None: a drawn bird where the model knows these, else no figure, since
+            the pictures that a model was trained on may not be for everybody.
+
+    Raises:
+        UserError: The example cannot be read.
+    """
+    from .training.evaluation import count_flops
+
+    model = load_model(str(run.folder / "best"))
+    dataset, revision, shown = run.dataset
+    target.mkdir(parents=True)
+    shutil.copyfile(run.folder / "best" / WEIGHTS, target / WEIGHTS)
+    training = run.config["tasn"] | dict(dataset=dataset, dataset_revision=revision)
+    _write_json(target / CONFIG, run.config | dict(tasn=training))
+    save_recipe(
+        replace(run.recipe, data=shown if dataset is None else run.recipe.data, output="runs"), target / "recipe.yaml"
+    )
+    measured = Measured(
+        dataset=shown,
+        split=run.recipe.test_split,
+        images=run.test["images"],
+        top1=run.test["top1"],
+        top5=run.test.get("top5"),
+        recipe=run.name,
+        command="accelerate launch train_accelerate.py --recipe recipe.yaml",
+        gflops=count_flops(model, model.pretrained_cfg["input_size"]) / 1e9,
+    )
+    figure = _draw(model, run, example, target)
+    context = Context(
+        title=repo.partition("/")[2],
+        source=f"hf-hub:{repo}",
+        dataset_id=dataset if dataset and REPO.fullmatch(dataset) else None,
+        revision=revision,
+        license=license or model.pretrained_cfg.get("license"),
+        figure=figure,
+        differences=run.differences,
+        paper=[row for row in _paper_rows(run.name) if row.ensemble == 1 and not row.flip],
+    )
+    (target / "README.md").write_text(model_card(model, measured, context), encoding="utf-8")
+    _write_json(target / "eval_results.json", asdict(measured) | dict(differences=run.differences))
+
+
+class Published(NamedTuple):
+    """Where a model is."""
+
+    repo: str
+    commit: str
+    tag: str
+    is_new: bool  # False: it had been there already, to the last byte
+
+    @property
+    def url(self) -> str:
+        """Its page."""
+        return f"{constants.ENDPOINT}/{self.repo}"
+
+    @property
+    def source(self) -> str:
+        """What timm.create_model takes."""
+        return f"hf-hub:{self.repo}@{self.tag}"
+
+
+def check_login(repo: str, private: bool) -> None:
+    """Check that somebody is logged in, and what of the repository can be known before.
+
+    Raises:
+        UserError: Nobody is, the name is none, or the repository is public although it should be private.
+    """
+    if not REPO.fullmatch(repo):
+        raise UserError(f"--repo must be USER/NAME, got {repo!r}.")
+    with _telling(repo, "checked"):
+        try:
+            HfApi().whoami()
+        except LocalTokenNotFoundError as error:
+            raise UserError(f"nobody is logged in to the Hub: {LOG_IN}.") from error
+        except HfHubHTTPError as error:
+            if error.response is not None and error.response.status_code == 401:
+                raise UserError(f"the Hub does not know the token of this machine: {LOG_IN}.") from error
+            raise
+        try:
+            public = not HfApi().model_info(repo).private
+        except RepositoryNotFoundError:
+            return
+    if private and public:
+        raise UserError(f"{repo} exists and is public: leave out --private, or publish to another one.")
+
+
+def upload(folder: Path, repo: str, private: bool, title: str) -> Published:
+    """Upload a folder in one commit and tag it with the next version, v1, v2 and so on.
+
+    The same content again makes neither a commit nor a tag, so this can be repeated after any failure.
+
+    Args:
+        folder: From `build_repository`.
+        repo: "user/name"; created where it is not there.
+        private: Whether to create it as one that only its owner sees.
+        title: Of the commit.
+
+    Raises:
+        UserError: The Hub refuses, or does not answer.
+    """
+    api = HfApi()
+    with _telling(repo, "published"):
+        api.create_repo(repo, private=private, exist_ok=True)
+        before = api.model_info(repo).sha
+        commit: CommitInfo = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=title)
+        versions = {
+            ref.name: ref.target_commit for ref in api.list_repo_refs(repo).tags if re.fullmatch(r"v\d+", ref.name)
+        }
+        tag = next((name for name, target in versions.items() if target == commit.oid), None)
+        if tag is None:
+            tag = f"v{max((int(name[1:]) for name in versions), default=0) + 1}"
+            api.create_tag(repo, tag=tag, revision=commit.oid)
+    return Published(repo, commit.oid, tag, commit.oid != before)
+
+
+def config_of(run: FinishedRun) -> HubConfig | None:
+    """The file of hub_configs/ that a run's model is for; None where there is none, or other options were used."""
+    configs = (HubConfig.read(path) for path in sorted(HUB_CONFIGS.glob("*.json")))
+    found = [config for config in configs if config.tasn.recipe == run.name]
+    return found[0] if found and not run.differences else None
+
+
+def updated(config: HubConfig, run: FinishedRun, published: Published) -> HubConfig:
+    """A file of hub_configs/ with what is known once its model is published."""
+    saved = run.config
+    dataset, revision, _ = run.dataset
+    tasn = asdict(config.tasn) | dict(
+        dataset=dataset,
+        dataset_revision=revision,
+        measured_top1=round(run.test["top1"], 2),
+        repo_id=published.repo,
+        commit=published.commit,
+        sha256=saved["tasn"]["sha256"],
+    )
+    cfg = {key: saved["pretrained_cfg"][key] for key in PICTURE} | dict(label_names=saved["label_names"])
+    return replace(
+        config,
+        num_classes=saved["num_classes"],
+        model_args=saved["model_args"],
+        pretrained_cfg=config.pretrained_cfg | cfg,
+        tasn=Training(**tasn),
+    )
+
+
+def patch(before: HubConfig, after: HubConfig) -> str:
+    """What changes in a file of hub_configs/, as `git apply` and `patch -p1` take it."""
+    path = f"hub_configs/{before.name}.json"
+    lines = [(json.dumps(asdict(config), indent=2) + "\n").splitlines(keepends=True) for config in (before, after)]
+    return "".join(difflib.unified_diff(*lines, f"a/{path}", f"b/{path}"))
+
+
+def _differences(name: str, recipe: Recipe) -> list[str]:
+    if not (RECIPES / f"{name}.yaml").is_file():
+        return []
+    ours = load_recipe(name, {})
+    personal = {*PERSONAL, "num_classes"} if recipe.data != ours.data else set(PERSONAL)
+    different = [f"data {Path(recipe.data).name}"] if recipe.data.partition("@")[0] != ours.data else []
+    for option, value in asdict(recipe).items():
+        if option not in personal and value != getattr(ours, option):
+            different.append(f"{option} {value} (there {getattr(ours, option)})")
+    return different
+
+
+def _paper_rows(name: str) -> list:
+    return [row for card in recipe_cards() if card.name == name for row in card.paper if row.top1 is not None]
+
+
+def _draw(model: nn.Module, run: FinishedRun, example: Path | None, target: Path) -> str | None:
+    if not isinstance(model, TASN):
+        return None
+    if example is None and run.recipe.data != "synthbirds":
+        return None
+    try:
+        picture = Image.open(example).convert("RGB") if example else Image.fromarray(draw("test", 0))
+    except OSError as error:
+        raise UserError(f"--example {str(example)!r} cannot be read as a picture: {error}.") from error
+    attention_panels(model, picture).save(target / FIGURE, optimize=True)
+    return FIGURE
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _telling(repo: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        if status == 403:
+            raise UserError(
+                f"the Hub does not let you write to {repo}: use a repository of your own, and a token that may write."
+            ) from error
+        raise UserError(f"{repo} could not be {what}: {reason_of(error)}. Run the same command again.") from error
+    except (OSError, HTTPError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{repo} could not be {what}: {problem('model', repo, error)}. Run the same command again."
+        ) from error

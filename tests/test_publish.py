@@ -1,0 +1,365 @@
+"""A finished run goes to a Hub on this machine through the real client, with its card, and comes back the same."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from huggingface_hub import ModelCard
+from loopback_hub import READ_TOKEN, WRITE_TOKEN, Fault, LoopbackHub, connect, environment
+from PIL import Image
+from safetensors.torch import load_file
+from training_runs import SMALL, train_accelerate
+
+import tasn_timm
+from tasn_timm import cli, publish
+from tasn_timm.errors import run_command
+from tasn_timm.hub import load_model, save_folder, trained_on
+from tasn_timm.hub_config import HUB_CONFIGS, HubConfig
+from tasn_timm.recipe import load_recipe, save_recipe
+
+FILES = {"config.json", "model.safetensors", "README.md", "recipe.yaml", "eval_results.json"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, image_folder) -> Path:
+    """The folder of a run, to be left as it is."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = folder / "small.yaml"
+    recipe.write_text(SMALL + f"data: {image_folder}\noutput: {folder / 'runs'}\n")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train_accelerate.py", "--recipe", str(recipe), "--epochs", "1"])
+        assert run_command(train_accelerate.main) == 0
+    return folder / "runs/small"
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(finished, tmp_path / "runs/small")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    hub = LoopbackHub()
+    connect(monkeypatch, hub, tmp_path / "cache")
+    yield hub
+    hub.stop()
+
+
+@pytest.fixture
+def command(capsys):
+    """Run the command: exit code, standard output and error."""
+
+    def start(*arguments: str | Path) -> tuple[int, str, str]:
+        code = run_command(lambda: cli.main(["publish", *map(str, arguments)]))
+        return code, *capsys.readouterr()
+
+    return start
+
+
+@pytest.fixture
+def birds(tmp_path) -> Path:
+    """A run as the recipe synthbirds leaves it, with the weights that ship with the package."""
+    folder = tmp_path / "runs/synthbirds"
+    model = timm.create_model("tasn_tiny", pretrained=True)
+    names = list(model.pretrained_cfg["label_names"])
+    config = timm.data.resolve_model_data_config(model)
+    folder.mkdir(parents=True)
+    save_folder(
+        model, folder / "best", label_names=names, data_config=config, recipe="synthbirds", dataset="synthbirds"
+    )
+    save_recipe(load_recipe("synthbirds", {}), folder / "recipe.yaml")
+    (folder / "metrics.jsonl").write_text(
+        json.dumps(dict(step=1, test=dict(top1=91.67, top5=99.48, images=960))) + "\n"
+    )
+    return folder
+
+
+def the_line(err: str) -> str:
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in err
+    return line
+
+
+def test_a_run_is_published_in_one_commit_and_loads_as_it_was(hub, command, run):
+    code, out, err = command(run, "--repo", "me/birds")
+    assert code == 0, err
+    repo = hub.repo("me/birds", "model")
+    assert len(repo.commits) == 2, "the Hub's own first one, and ours"
+    assert set(repo.find().files) - {".gitattributes"} == FILES
+    assert repo.tags == dict(v1=repo.find().id) and not repo.private
+    assert f"published v1 (commit {repo.find().id}): {hub.url}/me/birds" in out
+    scope = {}
+    exec(next(line for line in out.splitlines() if line.startswith("load it:")).removeprefix("load it:").strip(), scope)
+    local = timm.create_model(f"local-dir:{run / 'best'}", pretrained=True).eval()
+    image = torch.rand(2, 3, 32, 32)
+    assert torch.equal(scope["model"](image), local(image))
+    assert scope["model"].pretrained_cfg["label_names"] == ["blue", "green", "red"]
+    assert repo.find().files["model.safetensors"] == (run / "best/model.safetensors").read_bytes()
+
+
+def test_nothing_private_is_published(hub, command, run, image_folder, tmp_path):
+    assert command(run, "--repo", "me/birds", "--private")[0] == 0
+    repo = hub.repo("me/birds", "model")
+    assert repo.private
+    for name, content in repo.find().files.items():
+        for secret in (str(tmp_path), str(image_folder), str(image_folder.parent), WRITE_TOKEN, str(run.parent)):
+            assert secret.encode() not in content, name
+    config = json.loads(repo.find().files["config.json"])
+    assert config["tasn"]["dataset"] is None and trained_on("hf-hub:me/birds") is None
+    assert b"data: photos" in repo.find().files["recipe.yaml"]
+
+
+def test_the_card_tells_machines_and_people_what_was_measured(hub, command, run, tmp_path):
+    Image.new("RGB", (60, 50), "red").save(tmp_path / "bird.png")
+    code, _, err = command(run, "--repo", "me/birds", "--license", "mit", "--example", tmp_path / "bird.png")
+    assert code == 0, err
+    files = hub.repo("me/birds", "model").find().files
+    card = ModelCard(files["README.md"].decode())
+    test = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["test"]
+    (result,) = card.data.eval_results
+    assert (result.metric_value, result.dataset_split) == (round(test["top1"], 2), "test")
+    assert result.dataset_type.startswith("photos")
+    assert (card.data.license, card.data.library_name, card.data.pipeline_tag) == (
+        "mit",
+        "timm",
+        "image-classification",
+    )
+    assert f"| test | 21 | top1 {test['top1']:.2f} % |" in card.text and "licence of these weights is mit" in card.text
+    assert "](attention.png)" in card.text and files["attention.png"].startswith(b"\x89PNG")
+    results = json.loads(files["eval_results.json"])
+    assert results["top1"] == test["top1"] and results["images"] == 21
+    code = card.text.split("```python")[1].split("```")[0]
+    scope = dict(image=Image.new("RGB", (80, 100)))
+    exec(code, scope)
+    assert scope["logits"].shape == (1, 3)
+
+
+def test_the_papers_figure_is_beside_ours_and_other_options_are_named(hub, command, birds):
+    recipe = dataclasses.replace(load_recipe("cub200_resnet50_224", {}), lr=0.2)
+    save_recipe(recipe, birds / "recipe.yaml")
+    config = json.loads((birds / "best/config.json").read_text())
+    config["tasn"] |= dict(recipe="cub200_resnet50_224", dataset="cub200")
+    (birds / "best/config.json").write_text(json.dumps(config))
+    code, out, err = command(birds, "--repo", "me/birds")
+    assert code == 0, err
+    text = hub.repo("me/birds", "model").find().files["README.md"].decode()
+    assert "The paper reports 87.0 % (Table 4, TASN, 224); measured here: 91.7 %." in text
+    assert "Recipe `cub200_resnet50_224` with other options: lr 0.2 (there 0.1)." in text
+    assert "to make it" not in out, "not the model of the recipe"
+
+
+def test_a_dataset_of_the_hub_is_named_with_its_commit(hub, command, run):
+    recipe = load_recipe(str(run / "recipe.yaml"), {})
+    save_recipe(dataclasses.replace(recipe, data=f"you/colours@{'a' * 40}"), run / "recipe.yaml")
+    assert command(run, "--repo", "me/birds")[0] == 0
+    files = hub.repo("me/birds", "model").find().files
+    card = ModelCard(files["README.md"].decode())
+    (result,) = card.data.eval_results
+    assert (result.dataset_type, result.dataset_revision) == ("you/colours", "a" * 40)
+    assert card.data.datasets == ["you/colours"]
+    tasn = json.loads(files["config.json"])["tasn"]
+    assert (tasn["dataset"], tasn["dataset_revision"]) == ("you/colours", "a" * 40)
+    assert trained_on("hf-hub:me/birds") == f"you/colours@{'a' * 40}"
+
+
+def test_publishing_again_updates_the_card_and_counts_the_version(hub, command, run):
+    assert command(run, "--repo", "me/birds")[0] == 0
+    code, out, _ = command(run, "--repo", "me/birds")
+    repo = hub.repo("me/birds", "model")
+    assert code == 0 and "nothing has changed since v1" in out
+    assert len(repo.commits) == 2 and set(repo.tags) == {"v1"}
+    code, out, _ = command(run, "--repo", "me/birds", "--license", "mit")
+    assert code == 0 and "published v2" in out
+    assert len(repo.commits) == 3 and set(repo.tags) == {"v1", "v2"}
+    assert (
+        b"license: mit" in repo.find().files["README.md"] and b"license: mit" not in repo.find("v1").files["README.md"]
+    )
+    assert timm.create_model("hf-hub:me/birds@v1", pretrained=True).num_classes == 3
+
+
+def without_test(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:-1]))
+
+
+def damage(run: Path) -> None:
+    weights = run / "best/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_test, "has no final evaluation, and a model is published with one: let it end"),
+        (damage, "has other weights than its description says"),
+        (lambda run: shutil.rmtree(run / "best"), "is no folder of a run with best/, recipe.yaml and metrics.jsonl"),
+        (shutil.rmtree, "is no folder of a run"),
+    ],
+)
+def test_what_is_no_finished_run_is_refused_and_nothing_reaches_the_hub(hub, command, run, change, message):
+    change(run)
+    code, _, err = command(run, "--repo", "me/birds")
+    assert code == 2 and message in the_line(err)
+    assert not hub.repos
+
+
+def test_the_login_is_checked_first(hub, command, monkeypatch):
+    for token, message in (
+        (None, "nobody is logged in to the Hub: log in with hf auth login"),
+        ("hf_x", "does not know"),
+    ):
+        monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
+        code, _, err = command("nowhere", "--repo", "me/birds")
+        assert code == 2 and message in the_line(err)
+    assert not hub.repos
+
+
+@pytest.mark.parametrize(
+    ("repo", "token", "message"),
+    [
+        ("you/birds", WRITE_TOKEN, "does not let you write to you/birds"),
+        ("me/birds", READ_TOKEN, "does not let you write to me/birds"),
+        ("birds", WRITE_TOKEN, "--repo must be USER/NAME, got 'birds'"),
+    ],
+)
+def test_repositories_that_are_not_ones_own_are_refused(hub, command, run, monkeypatch, repo, token, message):
+    monkeypatch.setenv("HF_TOKEN", token)
+    code, _, err = command(run, "--repo", repo)
+    assert code == 2 and message in the_line(err)
+    assert not hub.repos
+
+
+def test_private_is_refused_for_a_public_repository(hub, command, run):
+    assert command(run, "--repo", "me/birds")[0] == 0
+    code, _, err = command(run, "--repo", "me/birds", "--private")
+    assert code == 2 and "me/birds exists and is public: leave out --private" in the_line(err)
+
+
+def test_a_dry_run_shows_everything_and_asks_nobody(hub, command, run, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    code, out, err = command(run, "--repo", "me/birds", "--dry-run")
+    assert code == 0, err
+    assert not hub.requests and "nothing was sent" in out
+    assert all(f"  {name}\n" in out for name in FILES) and "# birds" in out
+
+
+@pytest.mark.parametrize("path", ["whoami", "repos/create", "preupload", "lfs/objects", "commit/main", "tag/", "refs"])
+def test_a_hub_that_fails_is_told_without_the_token_and_publishing_again_completes_it(
+    hub, command, run, monkeypatch, path
+):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.fault = lambda method, asked: Fault(500) if path in asked else None
+    code, out, err = command(run, "--repo", "me/birds")
+    assert code == 2 and "Run the same command again" in the_line(err)
+    assert WRITE_TOKEN not in out + err
+    hub.fault = None
+    code, out, err = command(run, "--repo", "me/birds")
+    assert code == 0, err
+    repo = hub.repo("me/birds", "model")
+    assert len(repo.commits) == 2 and repo.tags == dict(v1=repo.find().id)
+
+
+def test_a_commit_whose_answer_is_lost_is_found_again(hub, command, run, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.fault = lambda method, path: Fault(cut=0) if "/commit/" in path else None
+    assert command(run, "--repo", "me/birds")[0] == 2
+    hub.fault = None
+    code, _, err = command(run, "--repo", "me/birds")
+    repo = hub.repo("me/birds", "model")
+    assert code == 0 and len(repo.commits) == 2 and repo.tags == dict(v1=repo.find().id), err
+
+
+def test_without_a_network_nothing_is_published(hub, command, run, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.stop()
+    code, _, err = command(run, "--repo", "me/birds")
+    assert code == 2 and "the Hub cannot be reached" in the_line(err)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> Path:
+    """A copy of the package as a checkout has it; the command writes into its hub_configs/."""
+    package = Path(tasn_timm.__file__).parent
+    folder = tmp_path / "checkout"
+    shutil.copytree(package, folder / "tasn_timm", ignore=shutil.ignore_patterns("__pycache__", "hub_configs"))
+    shutil.copytree(HUB_CONFIGS, folder / "hub_configs")
+    monkeypatch.setattr(publish, "HUB_CONFIGS", folder / "hub_configs")
+    monkeypatch.setattr("tasn_timm.hub_config.HUB_CONFIGS", folder / "hub_configs")
+    return folder
+
+
+def test_the_patch_makes_it_a_named_model(hub, command, birds, checkout, tmp_path):
+    code, out, err = command(birds, "--repo", "me/birds")
+    assert code == 0, err
+    before = (checkout / "hub_configs/tasn_tiny.synthbirds.json").read_text()
+    (checkout / "change.patch").write_text(out[out.index("--- a/") :].rstrip("\n") + "\n")
+    subprocess.run(["git", "apply", "--unsafe-paths", "change.patch"], cwd=checkout, check=True)
+    patched = (checkout / "hub_configs/tasn_tiny.synthbirds.json").read_text()
+    (checkout / "hub_configs/tasn_tiny.synthbirds.json").write_text(before)
+    code, out, err = command(birds, "--repo", "me/birds", "--write-config")
+    assert code == 0 and "written: hub_configs/tasn_tiny.synthbirds.json" in out, err
+    assert (checkout / "hub_configs/tasn_tiny.synthbirds.json").read_text() == patched != before
+    config = HubConfig.read(checkout / "hub_configs/tasn_tiny.synthbirds.json")
+    repo = hub.repo("me/birds", "model")
+    assert (config.tasn.repo_id, config.tasn.commit) == ("me/birds", repo.find().id)
+    assert config.tasn.measured_top1 == 91.67
+
+    # The named model comes from the Hub then, and is checked.
+    (checkout / "hub_configs/tasn_tiny.synthbirds.safetensors").unlink()
+    code = (
+        "import timm, tasn_timm; print(tasn_timm.__file__); "
+        "print(float(timm.create_model('tasn_tiny.synthbirds', pretrained=True).heads.shared.weight.sum()))"
+    )
+
+    def load() -> subprocess.CompletedProcess:
+        extra = environment(hub, tmp_path / "other") | dict(PYTHONPATH=str(checkout))
+        return subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | extra, cwd=tmp_path, capture_output=True, text=True
+        )
+
+    loaded = load()
+    assert loaded.returncode == 0, loaded.stderr
+    file, total = loaded.stdout.split()
+    assert Path(file).is_relative_to(checkout)
+    assert float(total) == float(load_file(birds / "best/model.safetensors")["heads.shared.weight"].sum())
+    content = bytearray(repo.find().files["model.safetensors"])
+    content[-1] ^= 1
+    shutil.rmtree(tmp_path / "other")
+    hub.fault = lambda method, path: (
+        Fault(flip=len(content) - 1) if method == "GET" and path.endswith("safetensors") else None
+    )
+    damaged = load()
+    assert damaged.returncode == 1 and "has other weights than its description says" in damaged.stderr.splitlines()[-1]
+
+
+def test_write_config_is_for_recipes_of_hub_configs(hub, command, run, birds, checkout):
+    code, _, err = command(run, "--repo", "me/birds", "--write-config")
+    assert code == 2 and "--write-config: recipe 'small' has no file in hub_configs/ (none is for it)" in the_line(err)
+    save_recipe(dataclasses.replace(load_recipe("synthbirds", {}), epochs=20), birds / "recipe.yaml")
+    code, _, err = command(birds, "--repo", "me/birds", "--write-config")
+    assert code == 2 and "(its options differ: epochs 20 (there 16))" in the_line(err)
+    assert not hub.repos
+
+
+def test_the_figure_shows_the_picture_the_map_and_the_sample(birds):
+    from tasn_timm.data.synthbirds import draw
+    from tasn_timm.visualize import GAP, attention_panels
+
+    sheet = attention_panels(load_model(str(birds)), Image.fromarray(draw("test", 0)), side=192)
+    assert sheet.size == (3 * 192 + 2 * GAP, 192)
+    first = torch.tensor(list(sheet.crop((0, 0, 192, 192)).tobytes()))
+    original = torch.tensor(list(draw("test", 0).tobytes()))
+    assert (first - original).abs().max() <= 1, "the picture itself"
