@@ -2,6 +2,7 @@
 
 import io
 import random
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
 from tasn_timm.data.decoding import decode
-from tasn_timm.data.loading import KeyedBatches, KeyedImages, create_loader, create_train_loader, keyed_seed
+from tasn_timm.data.loading import Batch, KeyedBatches, KeyedImages, create_loader, create_train_loader, keyed_seed
 from tasn_timm.data.splits import class_names, load_splits, pick_split
 from tasn_timm.data.transforms import eval_transform, train_transform
 
@@ -178,6 +179,18 @@ def test_batches_do_not_depend_on_the_number_of_workers(workers):
     one = KeyedImages(numbered_split(), train_transform(16, color_jitter=0.4), 0)
     assert torch.equal(images, torch.stack([one[5, i][0][0] for i in order.tolist()]))
     assert torch.equal(colours, torch.stack([one[5, i][0][1] for i in order.tolist()]))
+
+
+def test_a_batch_travels_with_its_pixels_alone_in_shared_memory():
+    pixels, colours = torch.randint(256, (4, 3, 64, 64), dtype=torch.uint8), torch.randn(4, 3, 4)
+    batch = Batch([pixels, colours], torch.tensor([3, 1, 2, 0]), ["a", "b", "c", "d"], [])
+    _, sent = batch.__reduce__()
+    assert [each is pixels for each in sent if isinstance(each, torch.Tensor)] == [True]
+    received = ForkingPickler.loads(ForkingPickler.dumps(batch))
+    assert type(received) is Batch and received.ids == batch.ids and received.bad == []
+    assert torch.equal(received.labels, batch.labels)
+    for mine, theirs in zip(received.images, batch.images, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_an_evaluation_has_every_image_in_order():
