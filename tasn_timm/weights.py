@@ -82,9 +82,14 @@ def download(name: str, file: str, cache_dir: str | Path | None = None) -> Path:
 
 
 def expected_digest(config: Path) -> str | None:
-    """SHA-256 of the weights for which a config.json was written; None where it does not say."""
+    """SHA-256 of the weights for which a config.json was written; None where it does not say.
+
+    transformers, which can load and train our models, keeps what it does not know of a config.json, the digest among
+    it, when it saves weights of its own.
+    """
     try:
-        return (json.loads(config.read_text()).get("tasn") or {}).get("sha256")
+        described = json.loads(config.read_text())
+        return None if "transformers_version" in described else (described.get("tasn") or {}).get("sha256")
     except (ValueError, AttributeError) as error:
         raise UserError(f"{str(config)!r} is damaged: {error}. Take it from where the model comes from.") from error
 
