@@ -1,12 +1,14 @@
 """Trilinear attention: features X become attention maps M (Sec. 3.1, Eqs. 1-2, Table 2).
 
-Every formula of Table 2 has the form M = R(X) X: row i of R(X) says how much each channel contributes to map i.
-The sampler needs only the average of the maps and a few single ones, and both are rows of R(X) (or their average)
-times X. So `structure_and_detail_maps` picks rows first and never builds the C maps.
+Every formula of Table 2 has the form M = R(X) X: row i of R(X) says how much each channel contributes to map i, and it
+depends on channel i and on X alone. The sampler needs only the average of the maps and a few single ones. So
+`structure_and_detail_maps` weighs the rows before the last product, and takes them block by block: neither the C maps
+nor the C x C relation are ever built.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -16,47 +18,50 @@ from torch import Tensor, nn
 from .errors import UserError, no_effect, unknown
 from .precision import no_autocast
 
+BLOCK = 128  # maps at once: larger blocks take more memory, and on a CPU no less time
+
 Norm = Callable[[Tensor], Tensor]
 
 
 class _Formula(NamedTuple):
-    relation: Callable[[Tensor, Norm, Norm], Tensor]  # R(X)
+    """Maps M_i from the rows X_i, as a product of matrices from left to right."""
+
+    factors: Callable[[Tensor, Tensor, Norm, Norm], tuple[Tensor, ...]]
     scales: tuple[str, ...] = ()  # of its softmaxes
+    normalizes_maps: bool = False  # a softmax of the product
 
 
-# The rows of Table 2, in its order, with the paper's accuracy on CUB-200-2011.  x is X as (B, C, hw); spatial and
-# relation are the two softmaxes N, over the second dimension of a matrix, each with its scale.  Not x.mT, which
-# torch.onnx's older exporter does not know.
+# The rows of Table 2, in its order, with the paper's accuracy on CUB-200-2011.  x is X as (B, C, hw) and rows are some
+# of its channels (B, r, hw); spatial and relation are the two softmaxes N, over the last dimension of a matrix, each
+# with its scale.  Not x.mT, which torch.onnx's older exporter does not know.
 _FORMULAS = {
-    "features": _Formula(  # X: 83.5
-        lambda x, spatial, relation: torch.eye(x.shape[1], device=x.device, dtype=x.dtype).expand(len(x), -1, -1)
-    ),
-    "none": _Formula(lambda x, spatial, relation: x @ x.transpose(1, 2)),  # X X^T X, Eq. 1: 84.9
+    "features": _Formula(lambda rows, x, spatial, relation: (rows,)),  # X: 83.5
+    "none": _Formula(lambda rows, x, spatial, relation: (rows @ x.transpose(1, 2), x)),  # X X^T X, Eq. 1: 84.9
     "spatial": _Formula(  # N(X) X^T X: 85.2
-        lambda x, spatial, relation: spatial(x) @ x.transpose(1, 2), ("spatial_scale",)
+        lambda rows, x, spatial, relation: (spatial(rows) @ x.transpose(1, 2), x), ("spatial_scale",)
     ),
     "spatial_both": _Formula(  # N(X) N(X)^T X: 84.3
-        lambda x, spatial, relation: spatial(x) @ spatial(x).transpose(1, 2), ("spatial_scale",)
+        lambda rows, x, spatial, relation: (spatial(rows) @ spatial(x).transpose(1, 2), x), ("spatial_scale",)
     ),
-    "output": _Formula(  # N(X X^T X), N taken of the finished maps: 84.5
-        lambda x, spatial, relation: x @ x.transpose(1, 2), ("relation_scale",)
+    "output": _Formula(  # N(X X^T X): 84.5
+        lambda rows, x, spatial, relation: (rows @ x.transpose(1, 2), x), ("relation_scale",), normalizes_maps=True
     ),
     "relation": _Formula(  # N(X X^T) X: 85.0
-        lambda x, spatial, relation: relation(x @ x.transpose(1, 2)), ("relation_scale",)
+        lambda rows, x, spatial, relation: (relation(rows @ x.transpose(1, 2)), x), ("relation_scale",)
     ),
     "spatial_relation": _Formula(  # N(N(X) X^T) X, Eq. 2: 85.3
-        lambda x, spatial, relation: relation(spatial(x) @ x.transpose(1, 2)), ("spatial_scale", "relation_scale")
+        lambda rows, x, spatial, relation: (relation(spatial(rows) @ x.transpose(1, 2)), x),
+        ("spatial_scale", "relation_scale"),
     ),
-    "self_attention": _Formula(  # X^T X: hw maps, one per position (Sec. 4.2): 0.7 below Eq. 2
-        lambda x, spatial, relation: x.transpose(1, 2)
-    ),
+    # X^T X: hw maps, one per position (Sec. 4.2): 0.7 below Eq. 2. Its rows are positions, (B, r, C).
+    "self_attention": _Formula(lambda rows, x, spatial, relation: (rows, x)),
 }
 NORMALIZATIONS = tuple(_FORMULAS)
 
-# How likely a map is to be chosen as the detail map (Sec. 4.2), from its mean response (B, M).
-_SELECTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "random": torch.ones_like,
-    "ranked": lambda response: response.clamp(min=0),
+# How likely each map is to be chosen as the detail map (Sec. 4.2): (B, M), or 1 for all alike.
+_SELECTIONS: dict[str, Callable[["_Maps"], Tensor | float]] = {
+    "random": lambda maps: 1.0,
+    "ranked": lambda maps: maps.responses().clamp(min=0),
 }
 SELECTIONS = tuple(_SELECTIONS)
 
@@ -93,10 +98,8 @@ def trilinear_attention(
         ValueError: Unknown normalization, or features that are not 4-dimensional.
     """
     x = _as_matrix(features)
-    maps = _relation(x, normalization, spatial_scale, relation_scale) @ x
-    if normalization == "output":
-        maps = _softmax(relation_scale)(maps)
-    return maps.unflatten(-1, features.shape[-2:])
+    maps = _Maps(x, normalization, spatial_scale, relation_scale)
+    return maps.of(maps.rows).unflatten(-1, features.shape[-2:])
 
 
 def structure_and_detail_maps(
@@ -134,23 +137,58 @@ def structure_and_detail_maps(
     if reduction not in _REDUCTIONS:
         raise unknown("reduction", reduction, REDUCTIONS)
     x = _as_matrix(features)
-    relation = _relation(x, normalization, spatial_scale, relation_scale)  # (B, M, C)
-    if not 0 <= parts <= relation.shape[1]:
-        raise UserError(f"parts is {parts}, but there are {relation.shape[1]} maps: use at most as many.")
+    maps = _Maps(x, normalization, spatial_scale, relation_scale)
+    count = maps.rows.shape[1]
+    if not 0 <= parts <= count:
+        raise UserError(f"parts is {parts}, but there are {count} maps: use at most as many.")
     distinct = _distinct_maps(x, normalization)  # (B, M)
 
-    rows = _REDUCTIONS[reduction](distinct).unsqueeze(1)  # (B, 1, M)
+    weights = _REDUCTIONS[reduction](distinct).unsqueeze(1)  # (B, 1, M)
+    blocks = zip(maps.rows.split(BLOCK, 1), weights.split(BLOCK, 2))
+    structure = sum(maps.weighted(rows, weight) for rows, weight in blocks)  # (B, 1, hw)
+    details = x[:, :0]
     if parts > 0:
-        response = (relation @ x.mean(-1, keepdim=True)).squeeze(-1)  # (B, M)
-        chosen = _draw(_SELECTIONS[selection](response) * distinct, parts, generator)  # (B, parts)
-        rows = torch.cat([rows, nn.functional.one_hot(chosen, relation.shape[1]).to(rows)], dim=1)
+        chance = _SELECTIONS[selection](maps) * distinct
+        chosen = _draw(chance, parts, generator)[..., None]  # (B, parts, 1)
+        details = maps.of(maps.rows.gather(1, chosen.expand(-1, -1, maps.rows.shape[2])))  # (B, parts, hw)
+    structure, details = (each.unflatten(-1, features.shape[-2:]) for each in (structure, details))
+    return structure[:, 0], details
 
-    if normalization == "output":  # its softmax stands between the maps and their average
-        maps = rows @ _softmax(relation_scale)(relation @ x)
-    else:
-        maps = rows @ relation @ x  # (B, 1 + parts, hw)
-    maps = maps.unflatten(-1, features.shape[-2:])
-    return maps[:, 0], maps[:, 1:]
+
+class _Maps:
+    """The attention maps of x (B, C, hw), for some of the `rows` (B, M, ·) that they are made of."""
+
+    def __init__(self, x: Tensor, normalization: str, spatial_scale: float, relation_scale: float) -> None:
+        if normalization not in _FORMULAS:
+            raise unknown("normalization", normalization, NORMALIZATIONS)
+        self.x = x
+        self.rows = x.transpose(1, 2) if normalization == "self_attention" else x
+        self.formula = _FORMULAS[normalization]
+        self.spatial, self.relation = _softmax(spatial_scale), _softmax(relation_scale)
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Maps (B, r, hw) of rows (B, r, ·)."""
+        return self._normalized(_product(self._factors(rows)))
+
+    def weighted(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """Sums (B, k, hw) of the maps of rows (B, r, ·) with weights (B, k, r)."""
+        if self.formula.normalizes_maps:  # which stands between the maps and their sum
+            return weights @ self.of(rows)
+        return _product([weights, *self._factors(rows)])  # from the left: the maps are not built
+
+    def responses(self) -> Tensor:
+        """Mean of each map over its positions, before a softmax of it: (B, M)."""
+        blocks = []
+        for rows in self.rows.split(BLOCK, 1):
+            *first, last = self._factors(rows)
+            blocks.append(_product([*first, last.mean(-1, keepdim=True)]))
+        return torch.cat(blocks, 1).squeeze(-1)
+
+    def _factors(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return self.formula.factors(rows, self.x, self.spatial, self.relation)
+
+    def _normalized(self, maps: Tensor) -> Tensor:
+        return self.relation(maps) if self.formula.normalizes_maps else maps
 
 
 @register_notrace_module
@@ -235,10 +273,8 @@ def _softmax(scale: float) -> Norm:
     return lambda matrix: (scale * matrix).softmax(-1)
 
 
-def _relation(x: Tensor, normalization: str, spatial_scale: float, relation_scale: float) -> Tensor:
-    if normalization not in _FORMULAS:
-        raise unknown("normalization", normalization, NORMALIZATIONS)
-    return _FORMULAS[normalization].relation(x, _softmax(spatial_scale), _softmax(relation_scale))
+def _product(matrices: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.matmul, matrices)
 
 
 def _distinct_maps(x: Tensor, normalization: str) -> Tensor:
@@ -252,9 +288,11 @@ def _distinct_maps(x: Tensor, normalization: str) -> Tensor:
     level = x.amax(-1)  # (B, C)
     flat = level == x.amin(-1)
     if normalization.startswith("spatial"):
-        level = torch.zeros_like(level)
-    same = flat[:, :, None] & flat[:, None, :] & (level[:, :, None] == level[:, None, :])
-    return (~same.tril(-1).any(-1)).to(x)
+        repeats = flat.cumsum(1) > 1
+    else:
+        same_level = level[:, :, None] == level[:, None, :]  # (B, C, C)
+        repeats = (same_level & flat[:, None, :]).tril(-1).any(-1)
+    return (~(flat & repeats)).to(x)
 
 
 def _draw(weights: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
