@@ -7,7 +7,7 @@ align_corners=False: -1 and 1 are the outer edges of the border pixels. Inside t
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -89,8 +89,7 @@ def attention_grid(
     """
     height, width = to_2tuple(output_size)
     densities = axis_densities(attention, size, marginal=marginal)
-    density_x, density_y = balance_axes(*densities, max_zoom, iterations)
-    x, y = inverse_distribution(density_x, width), inverse_distribution(density_y, height)
+    x, y = _inverse_distributions(balance_axes(*densities, max_zoom, iterations), (width, height))
     return _grid(x[:, None, :], y[:, :, None])
 
 
@@ -246,37 +245,58 @@ def inverse_distribution(density: Tensor, count: int) -> Tensor:
     Returns:
         (B, count), increasing, in [0, 1].
     """
-    cells = density.shape[1]
-    right = density.cumsum(1)
-    right = right / right[:, -1:]  # F at the right edge of each cell, the last exactly 1
-    left = F.pad(right[:, :-1], (1, 0))
-    target = (torch.arange(count, device=density.device, dtype=density.dtype) + 0.5) / count
-    target = target.expand(density.shape[0], -1).contiguous()
-    cell = _count_up_to(right, target).clamp(max=cells - 1)  # the first one that ends beyond
-    start, end = left.gather(1, cell), right.gather(1, cell)
-    inside = ((target - start) / (end - start).clamp(min=torch.finfo(density.dtype).tiny)).clamp(0, 1)
-    return (cell + inside) / cells
+    return _inverse_distributions([density], [count])[0]
 
 
 def sample(image: Tensor, grid: Tensor) -> Tensor:
     """Bilinear `grid_sample` of (B, C, H, W) at (B, H', W', 2), in float32 at least and back in the image's dtype.
 
-    Never in bfloat16: positions would be off by up to 19 pixels of 512, and PyTorch's CPU kernel returns NaN.
+    Never in bfloat16: positions would be off by up to 19 pixels of 512, and PyTorch's CPU kernel returns NaN. Pixels of
+    uint8 become float32, not rounded.
     """
     precise = image.to(torch.promote_types(image.dtype, torch.float32))
     sampled = F.grid_sample(precise, grid.to(precise), mode="bilinear", padding_mode="border", align_corners=False)
-    return sampled.to(image.dtype)
+    return sampled.to(image.dtype) if image.is_floating_point() else sampled
+
+
+def sample_pixels(image: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Sample uint8 pixels where columns at x and rows at y cross, without a float copy of the image.
+
+    The same as `sample`, but nearer to the exact result: no position is rounded by [-1, 1]. Rows are picked as they
+    are, and only what is between two of them is computed; then columns.
+
+    Args:
+        image: (B, C, H, W), uint8.
+        x, y: Positions (B, W') and (B, H') in [-1, 1], as in a grid.
+
+    Returns:
+        (B, C, H', W') in the precision of the positions, 0 to 255, bilinear, the border repeated outside.
+    """
+    batch, channels, height, width = image.shape
+    all_rows = image.flatten(0, 2)  # (BCH, W)
+    first = torch.arange(batch * channels, device=image.device).view(batch, channels, 1) * height
+
+    def pick(row: Tensor) -> Tensor:  # (B, H') -> (B, C, H', W)
+        picked = all_rows.index_select(0, (first + row[:, None]).flatten())
+        return picked.view(batch, channels, -1, width).to(y)
+
+    above, below, part = _neighbours(y, height)
+    rows = torch.lerp(pick(above), pick(below), part[:, None, :, None])
+    left, right, part = _neighbours(x, width)
+    columns = (rows.gather(3, each[:, None, None].expand(-1, *rows.shape[1:3], -1)) for each in (left, right))
+    return torch.lerp(*columns, part[:, None, None])
 
 
 class _Sampler(NamedTuple):
     grid: Callable[..., Tensor]
     options: tuple[str, ...]  # what of AttentionSampler's settings it takes
+    straight: bool = True  # rows and columns stay straight
 
 
 # Rows of Table 3. The first one takes the map as resized to the image, as the published code does.
 _SAMPLERS = {
     "attention": _Sampler(attention_grid, ("max_zoom", "iterations", "marginal", "size")),
-    "saliency": _Sampler(saliency_grid, ("sigma",)),
+    "saliency": _Sampler(saliency_grid, ("sigma",), straight=False),
     "uniform": _Sampler(uniform_grid, ("threshold", "max_zoom")),
 }
 SAMPLERS = tuple(_SAMPLERS)
@@ -353,11 +373,12 @@ class AttentionSampler(nn.Module):
 
     def grid(self, attention: Tensor, image_size: tuple[int, int]) -> Tensor:
         """(B, H', W', 2) for maps (B, h, w) over an image of (H, W) pixels."""
-        compute, options = _SAMPLERS[self.sampler]
-        settings = {name: image_size if name == "size" else getattr(self, name) for name in options}
-        return compute(shape_map(attention, self.shape), self.output_size, **settings)
+        sampler = _SAMPLERS[self.sampler]
+        settings = {name: image_size if name == "size" else getattr(self, name) for name in sampler.options}
+        return sampler.grid(shape_map(attention, self.shape), self.output_size, **settings)
 
     def forward(self, image: Tensor, attention: Tensor) -> Tensor:
+        """(B, C, H, W) and a map (B, h, w) -> (B, C, H', W'), in the image's dtype; of uint8 in float32, 0 to 255."""
         image_size = tuple(image.shape[-2:])
         if image_size[0] < self.output_size[0] or image_size[1] < self.output_size[1]:
             raise UserError(
@@ -365,7 +386,10 @@ class AttentionSampler(nn.Module):
                 f"{self.output_size[1]} to be sampled from it: resize it (the published ratio is 512 to 224), or "
                 f"create the model with a smaller sample_size."
             )
-        return sample(image, self.grid(attention, image_size))
+        grid = self.grid(attention, image_size)
+        if image.dtype == torch.uint8 and _SAMPLERS[self.sampler].straight:
+            return sample_pixels(image, grid[:, 0, :, 0], grid[:, :, 0, 1])
+        return sample(image, grid)
 
     def extra_repr(self) -> str:
         names = [name for name in _SAMPLERS[self.sampler].options if name != "size"]
@@ -451,6 +475,33 @@ def _count_up_to(values: Tensor, limits: Tensor) -> Tensor:
     if _exporting():  # ONNX has no search
         return (values[:, :, None] <= limits[:, None, :]).sum(1)
     return torch.searchsorted(values, limits, right=True)
+
+
+def _inverse_distributions(densities: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """`inverse_distribution` of one density (B, n) per axis, all by one search.
+
+    Shorter axes are filled up with cells without mass, in which no position falls.
+    """
+    cells, count, batch = max(density.shape[1] for density in densities), max(counts), densities[0].shape[0]
+    stacked = torch.cat([F.pad(density, (0, cells - density.shape[1])) for density in densities])  # (axes * B, n)
+    right = stacked.cumsum(1)
+    right = right / right[:, -1:]  # F at the right edge of each cell, the last exactly 1
+    left = F.pad(right[:, :-1], (1, 0))
+    targets = [(torch.arange(count, device=right.device, dtype=right.dtype) + 0.5) / each for each in counts]
+    target = torch.stack(targets).repeat_interleave(batch, 0).clamp(max=1)  # beyond an axis' own count: not used
+    cell = _count_up_to(right, target).clamp(max=cells - 1)  # the first one that ends beyond
+    start, end = left.gather(1, cell), right.gather(1, cell)
+    inside = ((target - start) / (end - start).clamp(min=torch.finfo(right.dtype).tiny)).clamp(0, 1)
+    axes = (cell + inside).unflatten(0, (len(counts), batch))
+    return [axis[:, :each] / density.shape[1] for axis, each, density in zip(axes, counts, densities)]
+
+
+def _neighbours(positions: Tensor, pixels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The pixels before and behind positions (B, n) in [-1, 1], and the share of the one behind: three times (B, n)."""
+    place = ((positions + 1) * (pixels / 2) - 0.5).clamp(0, pixels - 1)
+    before = place.floor()
+    behind = (before + 1).clamp(max=pixels - 1)
+    return before.long(), behind.long(), place - before
 
 
 def _finite(attention: Tensor) -> Tensor:

@@ -7,7 +7,14 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor
 
-from .attention_net import AttentionNet, attention_layout, complete_layout, stem_convolutions
+from .attention_net import (
+    AttentionNet,
+    attention_layout,
+    complete_layout,
+    normalize_pixels,
+    resize_image,
+    stem_convolutions,
+)
 from .attention_sampler import AttentionSampler
 from .classifier import BackboneClassifier
 from .errors import UserError, no_effect
@@ -31,9 +38,13 @@ class TASNOutput(NamedTuple):
 class TASN(BackboneClassifier):
     """Trilinear Attention Sampling Network around any timm backbone.
 
-    In evaluation an image (B, 3, H, W) becomes logits (B, K): only the structure-preserved image is classified. In
-    training it becomes the mean of all classifiers' logits, so that any training loop reaches every parameter; that is
-    not the paper's loss. After `set_distilled_training(True)` it becomes a `TASNOutput`, which `TASNLoss` takes.
+    An image (B, 3, H, W) is floating point, normalised, or its pixels as they are, uint8, 0 to 255: these the model
+    normalises itself, after resizing and sampling, so that the large picture never exists in floating point (but for
+    the saliency sampler, and devices that cannot resize uint8).
+
+    In evaluation it becomes logits (B, K): only the structure-preserved image is classified. In training it becomes the
+    mean of all classifiers' logits, so that any training loop reaches every parameter; that is not the paper's loss.
+    After `set_distilled_training(True)` it becomes a `TASNOutput`, which `TASNLoss` takes.
 
     Args:
         backbone: timm model of master and part net, optionally with the tag of its weights.
@@ -177,15 +188,15 @@ class TASN(BackboneClassifier):
 
     def forward(self, image: Tensor) -> Tensor | TASNOutput:
         # Without iteration or len(), which torch.fx cannot trace.
-        features = self.attention_net(image)  # X: (B, C, h, w)
+        features = self.attention_features(image)  # X: (B, C, h, w)
         maps = self.trilinear_attention(features)  # Eq. 2: (B, h, w), (B, parts, h, w)
         structure_map, detail_maps = maps[0], maps[1]
         if not self.training or self.num_classes == 0:
-            return self.heads(self.embed(self.structure_sampler(image, structure_map)))
+            return self.heads(self.embed(self._normalized(self.structure_sampler(image, structure_map), image)))
 
         views = [self.structure_sampler(image, structure_map)] if self.master_net else []  # I_s: (B, 3, H', W')
         views += [self.detail_sampler(image, detail_maps[:, i]) for i in range(self.trilinear_attention.parts)]  # I_d
-        pooled = self.embed(torch.cat(views))  # one batch: shared weights and BatchNorm statistics
+        pooled = self.embed(self._normalized(torch.cat(views), image))  # one batch: shared weights and BN statistics
         first = image.shape[0] if self.master_net else 0
         logits = self.heads.forward_views(
             pooled[:first] if self.master_net else None, pooled[first:] if self.part_net else None
@@ -193,15 +204,23 @@ class TASN(BackboneClassifier):
         output = TASNOutput(*logits, self.attention_net.classify(features))
         return output if self.distilled_training else self._mean_logits(output)
 
+    def attention_features(self, image: Tensor) -> Tensor:
+        """The attention net's features X (B, C, h, w) of an image (B, 3, H, W)."""
+        return self.attention_net(self._normalized(resize_image(image, self.attention_net.input_size), image))
+
     def sample(self, image: Tensor) -> Tensor:
-        """The structure-preserved image I_s (B, 3, H', W') of an image (B, 3, H, W)."""
-        structure_map, _ = self.trilinear_attention(self.attention_net(image))
-        return self.structure_sampler(image, structure_map)
+        """The structure-preserved image I_s (B, 3, H', W') of an image (B, 3, H, W), normalised."""
+        maps = self.trilinear_attention(self.attention_features(image))
+        return self._normalized(self.structure_sampler(image, maps[0]), image)
 
     def sampling_grid(self, image: Tensor) -> Tensor:
         """Where each pixel of the structure-preserved image looks: (B, H', W', 2), see `attention_grid`."""
-        structure_map, _ = self.trilinear_attention(self.attention_net(image))
-        return self.structure_sampler.grid(structure_map, tuple(image.shape[-2:]))
+        maps = self.trilinear_attention(self.attention_features(image))
+        return self.structure_sampler.grid(maps[0], tuple(image.shape[-2:]))
+
+    def _normalized(self, resized: Tensor, image: Tensor) -> Tensor:
+        config = getattr(self, "pretrained_cfg", None)
+        return normalize_pixels(resized, image, config, self.attention_net.norm.weight.dtype)
 
     @property
     def sample_size(self) -> tuple[int, int]:

@@ -29,7 +29,7 @@ def attention_panels(model: TASN, picture: Image.Image, side: int = 256) -> Imag
         raise UserError(f"a model of {model.in_chans} channels has no picture to be drawn: it must have 3.")
     config = resolve_model_data_config(model)
     image = create_transform(**config)(picture)[None]  # (1, 3, H, W)
-    structure_map, _ = model.trilinear_attention(model.attention_net(image))  # (1, h, w)
+    structure_map, _ = model.trilinear_attention(model.attention_features(image))  # (1, h, w)
     shaped = shape_map(structure_map, model.structure_sampler.shape)[:, None]
     attention = F.interpolate(shaped / shaped.amax().clamp(min=1e-12), image.shape[-2:], mode="bilinear").clamp(0, 1)
     mean, std = (torch.tensor(config[name]).view(1, 3, 1, 1) for name in ("mean", "std"))

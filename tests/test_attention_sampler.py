@@ -11,6 +11,7 @@ from tasn_timm.attention_sampler import (
     SAMPLERS,
     SHAPES,
     AttentionSampler,
+    _inverse_distributions,
     attention_grid,
     attention_sample,
     axis_densities,
@@ -18,6 +19,7 @@ from tasn_timm.attention_sampler import (
     inverse_distribution,
     saliency_grid,
     sample,
+    sample_pixels,
     shape_map,
     uniform_grid,
 )
@@ -395,6 +397,36 @@ def test_a_uniform_density_puts_positions_on_pixel_centers():
     for cells, count in ((1, 5), (7, 4), (512, 224)):
         positions = inverse_distribution(torch.ones(1, cells), count)
         assert positions[0].tolist() == pytest.approx([(k + 0.5) / count for k in range(count)], abs=1e-6)
+
+
+def test_both_axes_are_inverted_as_each_alone():
+    densities = [torch.rand(3, 7, dtype=torch.float64).square(), torch.rand(3, 12, dtype=torch.float64).square()]
+    together = _inverse_distributions(densities, (9, 4))
+    for density, count, found in zip(densities, (9, 4), together):
+        assert torch.equal(found, inverse_distribution(density, count))
+
+
+@pytest.mark.parametrize(("height", "width"), [(37, 50), (1, 8), (6, 1)])
+def test_pixels_of_uint8_are_sampled_as_floats(height, width):
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(256, (3, 4, height, width), generator=generator, dtype=torch.uint8)
+    x, y = (2 * torch.rand(3, n, generator=generator, dtype=torch.float64) - 1 for n in (9, 11))
+    x[:, 0], x[:, 1], y[:, 0], y[:, 1] = -1, 1, -1, 1
+    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), -1)
+    torch.testing.assert_close(sample_pixels(image, x, y), sample(image.double(), grid))
+    single = sample_pixels(image, x.float(), y.float())
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), sample(image.double(), grid), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_sampler_takes_pixels_of_uint8(sampler):
+    image = torch.randint(256, (2, 3, 40, 30), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    attention = peaked_maps(2, 7, 6, dtype=torch.float32)
+    sampler = AttentionSampler((16, 20), sampler=sampler)
+    sampled = sampler(image, attention)
+    assert sampled.dtype == torch.float32
+    torch.testing.assert_close(sampled, sampler(image.float(), attention), atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

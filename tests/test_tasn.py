@@ -55,6 +55,48 @@ def test_evaluation_classifies_the_structure_image_with_the_shared_classifier():
     torch.testing.assert_close(model(image), expected, atol=0.02, rtol=0)
 
 
+def normalized(pixels: torch.Tensor, model: TASN) -> torch.Tensor:
+    mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    return (pixels / 255 - mean) / std
+
+
+def pixels(size: int) -> torch.Tensor:
+    return (255 * (images(2, size, size) / 6 + 0.5).clamp(0, 1)).byte()
+
+
+@pytest.mark.parametrize("size", [96, 160, 250])  # that of the attention net's input, below and beyond twice of it
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_pixels_of_uint8_are_normalized_after_sampling(size, sampler):
+    torch.manual_seed(0)
+    model = timm.create_model("tasn", **TINY, sampler=sampler).eval()
+    sampled, expected = model.sample(pixels(size)), model.sample(normalized(pixels(size), model))
+    # Resized pixels are rounded, which moves the map a little, but not where nothing is resized.
+    torch.testing.assert_close(sampled, expected, atol=1e-4 if size == 96 else 0.05, rtol=0)
+    torch.testing.assert_close(model(pixels(size)), model.forward_head(model.forward_features(pixels(size))))
+    assert torch.equal(model(pixels(size)), model.heads(model.embed(sampled)))
+
+
+def test_pixels_of_uint8_train_a_model_as_normalized_ones():
+    model = timm.create_model("tasn", **TINY)
+    outputs = []
+    for image in (pixels(96), normalized(pixels(96), model)):
+        torch.manual_seed(1)  # of the drawn details
+        outputs.append(model(image))
+    torch.testing.assert_close(*outputs, atol=1e-4, rtol=0)
+
+
+def test_pixels_of_uint8_fit_a_model_in_bfloat16():
+    model = timm.create_model("tasn", **TINY).eval().bfloat16()
+    logits = model(pixels(160))
+    assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
+    assert model.sample(pixels(160)).dtype == torch.bfloat16
+
+
+def test_pixels_of_uint8_need_a_mean_and_std():
+    with pytest.raises(ValueError, match=r"an image of uint8 is normalised with the mean and std .* timm.create_model"):
+        tiny().eval()(pixels(64))
+
+
 def test_training_sends_both_views_through_the_backbone_as_one_batch():
     model, image = tiny(), images()
     model.set_distilled_training(True)

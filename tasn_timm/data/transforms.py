@@ -176,16 +176,21 @@ class Normalize(nn.Module):
 
     Args:
         mean, std: Of the model's pretrained_cfg, for pixels in [0, 1].
+        keep_pixels: Leave images without colours as they are, for a model that normalises them itself, where they are
+            fewer (`TASN`).
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float], keep_pixels: bool = False) -> None:
         super().__init__()
+        self.keep_pixels = keep_pixels
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, images: Sequence[Tensor]) -> Tensor:
         """(pixels (B, 3, H, W),) or (pixels, colours (B, 3, 4)) -> (B, 3, H, W)."""
         pixels, *colours = images
+        if not colours and self.keep_pixels:
+            return pixels
         if not colours:
             return pixels.float().sub_(self.mean).div_(self.std)
         scale, mean = 1 / self.std.flatten(2), self.mean.flatten(2)  # (1, 3, 1)

@@ -22,6 +22,7 @@ from ..data.transforms import Normalize
 from ..errors import UserError
 from ..hub import check_folder
 from ..recipe import Recipe
+from ..tasn import TASN
 from .freezing import FreezeSchedule
 from .objective import Objective, create_objective
 
@@ -110,14 +111,15 @@ def build_parts(recipe: Recipe, model: nn.Module, updates: int, data_config: dic
         step_on_epochs=False,
         updates_per_epoch=updates,
     )
+    mix = _mixup(recipe, model)
     return Parts(
         model=model,
         objective=create_objective(model, recipe),
         optimizer=optimizer,
         scheduler=scheduler,
-        normalize=Normalize(data_config["mean"], data_config["std"]),
+        normalize=Normalize(data_config["mean"], data_config["std"], isinstance(model, TASN) and mix is None),
         average=ModelEmaV3(model, decay=recipe.model_ema_decay) if recipe.model_ema_decay else None,
-        mix=_mixup(recipe, model),
+        mix=mix,
         freeze=FreezeSchedule(model, recipe.freeze, recipe.epochs),
     )
 

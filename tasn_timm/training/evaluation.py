@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ..data.transforms import Normalize, Transform
 from ..errors import UserError
+from ..tasn import TASN
 
 
 @dataclass
@@ -104,7 +105,10 @@ class Ensemble(nn.Module):
         super().__init__()
         configs = [resolve_model_data_config(model) for model in models]
         self.models = nn.ModuleList(models)
-        self.normalize = nn.ModuleList(Normalize(config.pop("mean"), config.pop("std")) for config in configs)
+        self.normalize = nn.ModuleList(
+            Normalize(config.pop("mean"), config.pop("std"), keep_pixels=isinstance(model, TASN))
+            for model, config in zip(models, configs)
+        )
         self.views = [config for i, config in enumerate(configs) if config not in configs[:i]]
         self.view_of = [self.views.index(config) for config in configs]
         self.flip = flip
