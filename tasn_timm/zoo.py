@@ -32,6 +32,8 @@ CONFIGS = {path.stem: HubConfig.read(path) for path in sorted(HUB_CONFIGS.glob("
 
 SOURCE = ("source", "file", "hf_hub_id")  # of a pretrained_cfg: where a trained model's weights are
 
+LITE = dict(attention_net="lite")
+
 # What a checkpoint says of the first is not meant for another value of the others than its own.
 DEPENDENT = {
     "attention_args": ("attention_net", "attention_backbone"),
@@ -338,6 +340,24 @@ def tasn_vgg19_bn(pretrained: bool = False, **kwargs) -> TASN:
 def tasn_convnext_tiny(pretrained: bool = False, **kwargs) -> TASN:
     """ConvNeXt-Tiny with the published attention net; not in the paper."""
     return _create_tasn("tasn_convnext_tiny", pretrained, "convnext_tiny.fb_in1k", **kwargs)
+
+
+@register_model
+def tasn_lite_resnet50(pretrained: bool = False, **kwargs) -> TASN:
+    """ResNet-50 with the lite attention net: 1.07 x the cost of the plain ResNet-50 at the sampled size."""
+    return _create_tasn("tasn_lite_resnet50", pretrained, "resnet50.a1_in1k", LITE, **kwargs)
+
+
+@register_model
+def tasn_lite_resnet101(pretrained: bool = False, **kwargs) -> TASN:
+    """ResNet-101 with the lite attention net: 1.04 x the cost of the plain ResNet-101 at the sampled size."""
+    return _create_tasn("tasn_lite_resnet101", pretrained, "resnet101.a1h_in1k", LITE, **kwargs)
+
+
+@register_model
+def tasn_lite_convnext_tiny(pretrained: bool = False, **kwargs) -> TASN:
+    """ConvNeXt-Tiny with the lite attention net: 1.06 x the cost of the plain ConvNeXt-Tiny at the sampled size."""
+    return _create_tasn("tasn_lite_convnext_tiny", pretrained, "convnext_tiny.fb_in1k", LITE, **kwargs)
 
 
 @register_model

@@ -166,8 +166,8 @@ def test_lite_merges_two_stages_on_the_grid_of_the_finer():
     assert all(layer.pointwise is not None for layer in net.tail)
 
 
-def test_lite_features_are_16_by_16_by_256():
-    assert preset("lite", device="meta")(torch.empty(2, 3, 512, 512, device="meta")).shape == (2, 256, 16, 16)
+def test_lite_features_are_14_by_14_by_256():
+    assert preset("lite", device="meta")(torch.empty(2, 3, 512, 512, device="meta")).shape == (2, 256, 14, 14)
 
 
 def test_tiny_features_are_12_by_12_by_24_at_1_41_million_multiplications():

@@ -114,7 +114,8 @@ def test_dilation_in_place_of_stride_leaves_one_grid():
     ("preset", "backbone", "pixels"),
     [
         ("published", "vit_small_patch14_dinov2", 224),
-        ("lite", "vit_small_patch14_dinov2", 140),  # the next multiple of 14
+        ("lite", "vit_small_patch14_dinov2", 112),
+        ("tiny", "vit_small_patch14_dinov2", 98),  # the next multiple of 14
         ("tiny", "convmixer_768_32", 98),  # patches of 7
         ("published", "crossvit_tiny_240", 240),  # not 228
     ],

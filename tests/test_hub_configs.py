@@ -22,7 +22,10 @@ from tasn_timm.training.build import build_model, crop_share
 from tasn_timm.zoo import CONFIGS, _default_cfgs, default_cfg
 
 SHIPPED = "tasn_tiny.synthbirds"
-STARTS = [f"tasn_{name}.in1k" for name in "resnet18 resnet50 resnet101 vgg19 vgg19_bn convnext_tiny".split()]
+STARTS = [
+    *(f"tasn_{name}.in1k" for name in "resnet18 resnet50 resnet101 vgg19 vgg19_bn convnext_tiny".split()),
+    *(f"tasn_lite_{name}.in1k" for name in "resnet50 resnet101 convnext_tiny".split()),
+]
 CHECKPOINTS = [
     *(f"tasn_resnet50.cub200_{size}" for size in (224, 280, 336, 392)),
     "tasn_resnet50.cub200_336_isqrt",

@@ -8,9 +8,11 @@ import pytest
 import timm
 import torch
 
+from tasn_timm.training.evaluation import count_flops
 from tasn_timm.zoo import CONFIGS, HUB_CONFIGS, default_cfgs, starting_cfg
 
 NAMED = ["resnet18", "resnet50", "resnet101", "vgg19", "vgg19_bn", "convnext_tiny"]
+LITE = ["lite_resnet50", "lite_resnet101", "lite_convnext_tiny"]
 GENERIC = dict(
     backbone="test_resnet", sample_size=32, attention_backbone="test_resnet", attention_net="lite", num_classes=7
 )
@@ -19,9 +21,9 @@ SECOND_ORDER = dict(backbone="test_resnet", num_classes=7, pool_args=dict(channe
 
 
 def test_the_registry_lists_the_models():
-    assert set(timm.list_models("tasn*")) == {"tasn", "tasn_tiny", *(f"tasn_{name}" for name in NAMED)}
+    assert set(timm.list_models("tasn*")) == {"tasn", "tasn_tiny", *(f"tasn_{name}" for name in NAMED + LITE)}
     assert timm.list_models("isqrt*") == ["isqrt_cov"]
-    assert {f"tasn_{name}.in1k" for name in NAMED} <= set(timm.list_models("tasn*", pretrained=True))
+    assert {f"tasn_{name}.in1k" for name in NAMED + LITE} <= set(timm.list_models("tasn*", pretrained=True))
     assert timm.models.list_modules().count("zoo") == 1
 
 
@@ -42,15 +44,16 @@ def test_every_hub_config_describes_the_model_it_builds(name):
     assert cfg["pool_size"] == tuple(maps.shape[2:])
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", NAMED + LITE)
 def test_starting_points_are_their_backbones_own_weights(name):
     cfg = json.loads((HUB_CONFIGS / f"tasn_{name}.in1k.json").read_text())["pretrained_cfg"]
     with torch.device("meta"):
         backbone = timm.create_model(f"tasn_{name}").backbone.pretrained_cfg
-    expected = json.loads(json.dumps(starting_cfg(f"{name}.{backbone['tag']}")))
+    plain = name.removeprefix("lite_")
+    expected = json.loads(json.dumps(starting_cfg(f"{plain}.{backbone['tag']}")))
     assert cfg.pop("first_conv")
     assert cfg == expected
-    assert cfg["hf_hub_id"] == f"timm/{name}.{backbone['tag']}"
+    assert cfg["hf_hub_id"] == f"timm/{plain}.{backbone['tag']}"
     assert default_cfgs[f"tasn_{name}"].default.has_weights
 
 
@@ -58,6 +61,16 @@ def test_importing_the_package_costs_timms_import_only():
     code = "import sys, tasn_timm; print(*{'accelerate', 'datasets', 'matplotlib', 'gradio'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (result.stdout.strip(), result.returncode) == ("", 0), result.stderr
+
+
+@pytest.mark.parametrize("name", LITE)
+def test_a_lite_model_costs_at_most_a_tenth_more_than_its_backbone_at_the_sampled_size(name):
+    with torch.device("meta"):
+        model = timm.create_model(f"tasn_{name}", num_classes=200)
+        plain = timm.create_model(name.removeprefix("lite_"), num_classes=200)
+    cost, of_backbone = count_flops(model, (3, 512, 512)), count_flops(plain, (3, 224, 224))
+    assert cost <= 1.10 * of_backbone
+    assert name != "lite_resnet50" or cost <= 9.0e9
 
 
 def test_published_sizes():
