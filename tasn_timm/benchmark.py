@@ -1,4 +1,4 @@
-"""What models cost: parameters, FLOPs, time and memory. Several are timed in turns, which makes their ratios sure.
+"""What models cost: parameters, FLOPs, time and memory. Several are timed in turns, for the sake of ratios.
 
 What is timed is what a user waits for: inference from uint8 pictures on the device to logits, normalisation included,
 and a training step from uint8 pictures to updated weights, a TASN's with its own loss.
@@ -42,7 +42,7 @@ WARM_UP = 2  # untimed repetitions: the first compiles and chooses algorithms, t
 PROFILED = 3  # repetitions; both at most, if the time lasts
 
 # Operators that convolve or multiply matrices, as the profiler calls them; on a GPU with the kernels that they launch.
-_PRODUCTS = re.compile(r"aten::(.*conv.*|(addm|b|badd|m)?m(m|v)|addmv|.*linear.*|.*attention.*)")
+_PRODUCTS = re.compile(r"aten::(.*conv(?!ert).*|b?(add)?b?m[mv]|.*linear.*|.*attention.*)")
 
 
 class Contender(NamedTuple):
@@ -126,13 +126,13 @@ def find_device(name: str | None) -> torch.device:
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name is None:
-        return torch.device("cuda" if gpus else "cpu")
+        return torch.device("cuda", 0) if gpus else torch.device("cpu")
     found = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
     if not found:
         raise UserError(f"--device must be cpu, cuda or cuda:N, got {name!r}.")
     if name != "cpu" and int(found[1] or 0) >= gpus:
         raise UserError(f"--device {name} is not there (GPUs that PyTorch {torch.__version__} sees: {gpus}): use cpu.")
-    return torch.device(name)
+    return torch.device("cpu") if name == "cpu" else torch.device("cuda", int(found[1] or 0))
 
 
 def create_contenders(name: str, sample_size: int | None = None) -> tuple[list[Contender], list[str]]:
@@ -157,29 +157,30 @@ def create_contenders(name: str, sample_size: int | None = None) -> tuple[list[C
     image_size = _image_size(model)
     if not isinstance(model, BackboneClassifier):
         model = BackboneClassifier(name, model.num_classes or 1000, img_size=image_size)
-    plain_size = image_size
-    if isinstance(model, TASN):
-        plain_size = model.sample_size
-        own = timm.create_model(name, device="meta")
-        image_size = tuple(
-            round(side * sampled / before)
-            for side, sampled, before in zip(_image_size(own), model.sample_size, own.sample_size)
-        )
+    samples = isinstance(model, TASN)
+    height, width = model.sample_size if samples else image_size
     plain_name = _plain_name(model, name)
-    reference = f"{plain_name} @ {_pixels(plain_size)}"
-    contenders = []
-    if isinstance(model, TASN):
-        contenders.append(Contender(f"{name} @ {_pixels(image_size)}", model, image_size, reference))
-    left_out = []
-    for factor in (1, 2):
-        size = (factor * plain_size[0], factor * plain_size[1])
-        try:
-            contenders.append(Contender(f"{plain_name} @ {_pixels(size)}", _plain(model, size), size, reference))
-        except UserError as error:
-            if factor == 1:
-                raise
-            left_out.append(f"{plain_name} @ {_pixels(size)} is left out: {error}")
+    reference = f"{plain_name} @ {_pixels((height, width))}"
+
+    def plain(size: tuple[int, int]) -> Contender:
+        return Contender(f"{plain_name} @ {_pixels(size)}", _plain(model, size), size, reference)
+
+    contenders, left_out = [plain((height, width))], []
+    if samples:
+        image_size = image_size if sample_size is None else _in_proportion(name, model)
+        contenders.insert(0, Contender(f"{name} @ {_pixels(image_size)}", model, image_size, reference))
+    try:
+        contenders.append(plain((2 * height, 2 * width)))
+    except UserError as error:
+        left_out.append(f"{plain_name} @ {_pixels((2 * height, 2 * width))} is left out: {error}")
     return contenders, left_out
+
+
+def _in_proportion(name: str, model: TASN) -> tuple[int, int]:
+    """(H, W) of pictures that are to the sampled ones as they are with the sample_size of the TASN of that name."""
+    own = timm.create_model(name, device="meta")
+    sides = zip(_image_size(own), own.sample_size, model.sample_size)
+    return tuple(round(side / before * sampled) for side, before, sampled in sides)
 
 
 def _image_size(model: nn.Module) -> tuple[int, int]:
@@ -279,7 +280,7 @@ class Training:
         if machine.compile:
             self.task.compile(dynamic=False)
         # A rate that leaves random weights finite for as long as this takes.
-        self.optimizer = create_optimizer_v2(self.model, "sgd", lr=1e-4, momentum=0.9)
+        self.optimizer = create_optimizer_v2(self.model, "momentum", lr=1e-4, momentum=0.9)
 
     def __call__(self) -> None:
         with self.autocast():
@@ -337,6 +338,7 @@ class Cell:
             self.failure = _failure(error)
         if self.failure:
             self.repeat = None
+            self.contender.model.zero_grad()
             torch.cuda.empty_cache()
 
 
@@ -351,7 +353,7 @@ def _failure(error: Exception) -> str:
 def measure(
     pairs: Sequence[tuple[Contender, Work]],
     machine: Machine,
-    profile: bool = True,
+    details: bool = True,
     progress: Callable[[Iterable[list[int]]], Iterable[list[int]]] = iter,
 ) -> list[dict]:
     """Time contenders in turns: every round each of them once, beginning with another one than the round before.
@@ -362,7 +364,7 @@ def measure(
     Args:
         pairs: Models and what each does; the references are among them, at the same work. All of one mode.
         machine: Where and how.
-        profile: Whether to find `products_seconds` and `peak_bytes`, too, which takes a few repetitions more.
+        details: Whether to find part_seconds, products_seconds and peak_bytes, too, which takes more repetitions.
         progress: Wraps the rounds.
 
     Returns:
@@ -385,10 +387,10 @@ def measure(
     end = time.perf_counter() + machine.max_seconds * len(cells)
     for order in progress(turns(len(cells), machine.rounds)):
         for index in order:
-            cells[index].attempt(_time, machine)
+            cells[index].attempt(_time, machine, details)
         if time.perf_counter() > end:
             break
-    for _ in range(min(PROFILED, machine.rounds) if profile else 0):
+    for _ in range(min(PROFILED, machine.rounds) if details else 0):
         for cell in cells:
             cell.attempt(_profile, machine)
         if time.perf_counter() > end:
@@ -438,13 +440,14 @@ def _prepare(cell: Cell, machine: Machine) -> None:
             break
 
 
-def _time(cell: Cell, machine: Machine) -> None:
+def _time(cell: Cell, machine: Machine, details: bool) -> None:
     machine.synchronize()
     start = time.perf_counter()
     cell.repeat()
     machine.synchronize()
     cell.seconds.append(time.perf_counter() - start)
-    if cell.work.mode == "inference" and isinstance(cell.contender.model, TASN) and not machine.compile:
+    has_parts = cell.work.mode == "inference" and isinstance(cell.contender.model, TASN) and not machine.compile
+    if details and has_parts:
         with clocked_parts(cell.repeat, machine) as seconds:
             cell.repeat()
         cell.part_seconds.append(seconds)

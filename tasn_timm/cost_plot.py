@@ -76,17 +76,17 @@ def sweep(
             left_out.append(f"{side} pixels are left out: {error}")
     pairs = [[(each, work) for each in pair] for _, pair, work in settings]
     groups = pairs if machine.compile else [[each for pair in pairs for each in pair]]
-    measured = [cell for group in groups for cell in measure(group, machine, profile=False, progress=progress)]
+    measured = [cell for group in groups for cell in measure(group, machine, details=False, progress=progress)]
     labels = [_label(over, pair, each, work) for over, pair, work in settings for each in pair]
     return [label | cell for label, cell in zip(labels, measured)], left_out
 
 
 def _pair(name: str, sample_size: int | None = None) -> list[Contender]:
     """A TASN and its plain backbone."""
-    tasn, plain, *_ = create_contenders(name, sample_size)[0]
-    if not isinstance(tasn.model, TASN):
+    contenders, _ = create_contenders(name, sample_size)
+    if not isinstance(contenders[0].model, TASN):
         raise UserError(f"--plot draws a TASN beside its plain backbone, and {name} samples nothing: give a TASN.")
-    return [tasn, plain]
+    return contenders[:2]
 
 
 def _label(over: str, pair: list[Contender], contender: Contender, work: Work) -> dict:

@@ -34,10 +34,10 @@ EXAMPLES = """examples:
   python -m tasn_timm benchmark tasn_tiny --plot cost.png"""
 
 LEGEND = """\
-ms          median over the rounds of a repetition; of a TASN's parts, each timed by itself in the same rounds
-products    convolutions and matrix products alone, in ms, by the profiler: the least that these operators take
-peak MiB    of tensors at the busiest moment: weights, batch, activations; in training also gradients and momentum
-x plain     ratio to the median of the plain backbone; in rounds: smallest and largest ratio within a round"""
+ms         median of the rounds; parts of a TASN are timed by themselves, in the same rounds
+products   convolutions and matrix products alone, in ms, as the profiler sees them
+peak MiB   tensors at the busiest moment: weights, batch, activations; gradients and momentum, too
+x plain    ratio of the medians to the plain backbone's; in rounds: the extremes of the ratios"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +67,8 @@ def run(options: argparse.Namespace) -> None:
     device = find_device(options.device)
     if device.type == "cpu" and "fp16" in options.precision:
         raise UserError("--precision fp16 is for GPUs: use bf16 on a CPU.")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # whose clock times the parts
     if options.threads:
         torch.set_num_threads(options.threads)
     machine = Machine(device, options.channels_last, options.compile, options.rounds, options.max_seconds)
