@@ -4,10 +4,11 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .commands import check_data, evaluate, export, prepare, publish, recipes, run
+from .commands import benchmark, check_data, evaluate, export, prepare, publish, recipes, run
 from .errors import UserError
 
 COMMANDS = {
+    "benchmark": benchmark,
     "check-data": check_data,
     "evaluate": evaluate,
     "export": export,
