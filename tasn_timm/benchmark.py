@@ -50,7 +50,7 @@ class Contender(NamedTuple):
 
     Args:
         name: "tasn_resnet50 @ 512": the model and the side of its pictures.
-        model: Takes normalised pictures.
+        model: Takes normalised pictures, a TASN pixels of uint8.
         image_size: (H, W) of its pictures.
         reference: Name of the contender that its ratios are relative to.
     """
@@ -307,7 +307,7 @@ def _pictures(contender: Contender, work: Work, machine: Machine) -> Tensor:
 
 def _normalize(model: nn.Module) -> Normalize:
     channels = [0.5] * model.in_chans  # any mean and standard deviation take the same time
-    return Normalize(channels, channels)
+    return Normalize(channels, channels, keep_pixels=isinstance(model, TASN))
 
 
 def _autocast(work: Work, machine: Machine) -> Callable[[], AbstractContextManager]:
@@ -458,10 +458,10 @@ def clocked_parts(repeat: Inference, machine: Machine) -> Iterator[dict[str, flo
     """Time the parts of a TASN's forward passes inside, on a GPU by its own clock, without waiting for it.
 
     Yields:
-        Seconds of the normalisation of pixels and of each of `PARTS`, filled in at the end.
+        Seconds of each of `PARTS`, filled in at the end. Between them are resizing for the attention net and the
+        normalisation of what was resized and sampled.
     """
-    parts = {"normalisation": [repeat.normalize]}
-    parts |= {part: [getattr(repeat.model, name) for name in names] for part, names in PARTS.items()}
+    parts = {part: [getattr(repeat.model, name) for name in names] for part, names in PARTS.items()}
     marks: dict[str, list] = {part: [] for part in parts}  # when each module began and ended
     hooks = []
     for part, modules in parts.items():
