@@ -120,8 +120,8 @@ class AttentionNet(nn.Module):
         """Compute the features X (B, C, h, w), not negative with the presets, of an image (B, 3, H, W) of any size."""
         image = resize_image(image, self.input_size)
         if self.input_affine is not None:
-            affine = image.new_tensor(self.input_affine)[..., None, None]  # (2, 3, 1, 1)
-            image = image * affine[0] + affine[1]
+            scale, shift = (of_channels(values, image) for values in self.input_affine)
+            image = image * scale + shift
         stages = self.trunk(image)
         if getattr(self.trunk, "output_fmt", None) == "NHWC":  # Swin and others
             stages = [x.movedim(-1, 1) for x in stages]
@@ -269,8 +269,13 @@ def normalize_pixels(resized: Tensor, image: Tensor, config: dict | None, dtype:
             "have: create it with timm.create_model, or normalise the image."
         )
     precise = resized.to(torch.promote_types(dtype, torch.float32))
-    mean, std = (255 * precise.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    mean, std = (255 * of_channels(config[name], precise) for name in ("mean", "std"))
     return ((precise - mean) / std).to(dtype)
+
+
+def of_channels(values: Sequence[float], image: Tensor) -> Tensor:
+    """A value for each channel, (C, 1, 1). Filled in on the device: a copy there would make the host wait."""
+    return torch.stack([image.new_full((1, 1), value) for value in values])
 
 
 class MultiRateConv(nn.Module):
