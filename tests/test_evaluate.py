@@ -21,9 +21,10 @@ from tasn_timm.commands import evaluate as command_evaluate
 from tasn_timm.data.loading import Batch
 from tasn_timm.data.splits import load_splits, super_classes
 from tasn_timm.data.transforms import eval_transform
+from tasn_timm.ensemble import Ensemble
 from tasn_timm.errors import run_command
 from tasn_timm.hub import load_model, save_folder, trained_on
-from tasn_timm.training.evaluation import Ensemble, Scores, evaluate
+from tasn_timm.training.evaluation import Scores, evaluate
 from tasn_timm.zoo import HUB_CONFIGS
 
 COLOURS = ["blue", "green", "red"]
@@ -316,8 +317,10 @@ def test_another_split_is_measured(measure, tmp_path, image_folder):
 
 
 def test_scores_count_classes_and_tell_top5_only_beyond_5():
-    scores = Scores(correct=torch.tensor([2, 0, 1]), counts=torch.tensor([4, 0, 4]), top5=None)
+    best = torch.tensor([0, 0, 1, 2, 2, 1, 0, 1])[:, None]
+    scores = Scores(best, best, labels=torch.tensor([0, 0, 0, 0, 2, 2, 2, 2]), num_classes=3)
     assert scores.metrics == dict(top1=37.5, images=8)
+    assert scores.correct.tolist() == [2, 0, 1] and scores.counts.tolist() == [4, 0, 4]
     loader = [Batch(torch.eye(8)[[0, 1, 2, 3]], torch.tensor([0, 1, 2, 7]), [], [])] * 2
     scores = evaluate(Accelerator(cpu=True), lambda images: images - torch.arange(8) / 100, loader)
     assert scores.metrics == dict(top1=75.0, top5=75.0, images=8)
@@ -405,7 +408,7 @@ def test_a_tasn_without_class_names_is_refused_from_a_folder_too(tmp_path):
 def test_outputs_that_are_not_finite_are_refused(command, tmp_path, image_folder):
     good, spoiled = (constant(tmp_path / name, [0.0, float(name), 0.0], image_folder) for name in ("1", "nan"))
     code, _, err = command("evaluate", "--ensemble", good, spoiled)
-    assert code == 2 and "the output of model 2 of 2 is not finite" in err
+    assert code == 3 and "the output of model 2 of 2 is not finite" in err
 
 
 def test_broken_folders_are_named(command, tmp_path, image_folder):

@@ -59,8 +59,9 @@ def run(options: argparse.Namespace) -> None:
 
     from ..data.loading import create_loader
     from ..data.splits import class_names, load_splits, pick_split, pinned, super_classes
+    from ..ensemble import Ensemble
     from ..hub import load_model
-    from ..training.evaluation import Ensemble, evaluate
+    from ..training.evaluation import evaluate
 
     # Build. Whatever is wrong shows here, before anything is computed.
     sources, data = _models_and_data(options)
