@@ -4,13 +4,14 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .commands import check_data, evaluate, export, prepare, publish, recipes, run
+from .commands import check_data, evaluate, export, predict, prepare, publish, recipes, run
 from .errors import UserError
 
 COMMANDS = {
     "check-data": check_data,
     "evaluate": evaluate,
     "export": export,
+    "predict": predict,
     "prepare": prepare,
     "publish": publish,
     "recipes": recipes,
@@ -47,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             allow_abbrev=False,
         )
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    options = parser.parse_args(arguments)
+        command.set_defaults(run=module.run, parser=command)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:  # told by the command's own parser, whose --help has the options
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     options.run(options)

@@ -374,7 +374,7 @@ def test_json_is_written_whole_or_not_at_all(command, photos, tmp_path, monkeypa
     assert not list(out.iterdir())
     monkeypatch.setattr(Path, "replace", interrupt)
     with pytest.raises((KeyboardInterrupt, TypeError)):
-        write_whole(out / "x.json", "text")
+        write_whole(out / "x.json", "text", "--json")
     assert not list(out.iterdir())
 
 

@@ -372,7 +372,7 @@ def test_scores_count_classes_and_tell_top5_only_beyond_5():
         (["evaluate", "{best}", "--batch-size", "x"], "invalid int value: 'x'"),
         (["evaluate", "{best}", "--json", "/no/such/folder/x.json"], "--json '/no/such/folder/x.json' cannot be"),
         (["evaluate", "{best}", "--json", "{photos}"], "is a folder"),
-        (["evaluate", "{best}", "--flp"], "unrecognized arguments: --flp: see python -m tasn_timm --help"),
+        (["evaluate", "{best}", "--flp"], "unrecognized arguments: --flp: see python -m tasn_timm evaluate"),
         (["evalute", "{best}"], "invalid choice: 'evalute'"),
     ],
 )
