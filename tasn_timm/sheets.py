@@ -26,6 +26,7 @@ FORMATS = ("png", "jpg", "jpeg", "pdf", "svg")
 MARGIN, GAP, SIDE, BARS = 24, 20, 220, 380  # around the sheet, between rows, of a picture, of the text beside it
 SHARPNESS = 2  # pixels of a hundredth of an inch
 INK, FAINT, TRACK, FIRST, OTHER = "#222222", "#777777", "#ececec", "#ff7300", "#9db2bf"
+WRONG, RIGHT = 4, 3  # pictures of a pair of confused classes
 BACKGROUND = (244, 244, 244)  # beside pictures that are not square
 
 
@@ -83,41 +84,42 @@ class Confusion(NamedTuple):
     prediction: str
     images: int  # how many
     of: int  # images of the class
-    wrong: Sequence[tuple[Image.Image, float]]  # some of them, with the probability of the wrong class
-    right: Sequence[Image.Image]  # images of the class that they were taken for
+    wrong: Sequence[tuple[Image.Image, float]]  # up to `WRONG` of them, with the probability of the wrong class
+    right: Sequence[Image.Image]  # up to `RIGHT` images of that class that were recognised
 
 
-def confusion_sheet(confusions: Sequence[Confusion], title: str, path: Path, wrong: int = 4, right: int = 2) -> bytes:
+def confusion_sheet(confusions: Sequence[Confusion], title: str, path: Path) -> bytes:
     """Draw a row for each pair of classes: pictures that were taken for the other class, beside pictures of that one.
 
     Args:
         confusions: Those to draw; none for a model without mistakes.
         title: Above them.
         path: Its ending says in which format.
-        wrong, right: Pictures of a row.
 
     Returns:
         The sheet's file.
     """
     side, step = 150, 158
-    head, row = 56, 26 + 150 + 24
-    middle = MARGIN + wrong * step + GAP
-    sheet = _Sheet(middle + right * step + MARGIN, MARGIN + head + max(1, len(confusions)) * (row + GAP))
-    sheet.write(MARGIN, MARGIN, title, size=15, weight="bold")
+    head, row = 56, 44 + side + 20
+    middle = MARGIN + WRONG * step + GAP
+    sheet = _Sheet(middle + RIGHT * step + MARGIN, MARGIN + head + max(1, len(confusions)) * (row + GAP))
+    sheet.write(MARGIN, MARGIN, short(title, 90), size=15, weight="bold")
     if not confusions:
         sheet.write(MARGIN, MARGIN + head, "No picture was taken for another class.")
     for number, each in enumerate(confusions):
         top = MARGIN + head + number * (row + GAP)
-        of = f"{each.images:,} of {each.of:,} {short(each.label, 40)}"
-        sheet.write(MARGIN, top - 2, f"{of}, taken for ...", weight="bold")
-        sheet.write(middle, top - 2, f"... {short(each.prediction, 40)}", weight="bold")
-        for place, (picture, share) in enumerate(each.wrong[:wrong]):
-            sheet.show(_square(picture), MARGIN + place * step, top + 26, side, side)
-            sheet.write(MARGIN + place * step, top + 26 + side + 4, f"{100 * share:.0f} % sure", color=FAINT)
-        for place, picture in enumerate(each.right[:right]):
-            sheet.show(_square(picture), middle + place * step, top + 26, side, side)
-        if not each.right:
-            sheet.write(middle, top + 26, "no picture of it in this split", color=FAINT)
+        below = top + 44 + side + 4
+        sheet.write(MARGIN, top, short(each.label, 60), weight="bold")
+        sheet.write(
+            MARGIN, top + 20, f"{each.images:,} of {each.of:,} were taken for the class on the right", color=FAINT
+        )
+        sheet.write(middle, top, short(each.prediction, 48), weight="bold")
+        sheet.write(middle, top + 20, "recognised" if each.right else "none was recognised in this split", color=FAINT)
+        for place, (picture, share) in enumerate(each.wrong):
+            sheet.show(_square(picture), MARGIN + place * step, top + 44, side, side)
+            sheet.write(MARGIN + place * step, below, f"{100 * share:.0f} % sure", color=FAINT)
+        for place, picture in enumerate(each.right):
+            sheet.show(_square(picture), middle + place * step, top + 44, side, side)
     return sheet.file(path)
 
 
