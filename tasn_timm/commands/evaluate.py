@@ -91,9 +91,9 @@ def run(options: argparse.Namespace) -> None:
     from ..data.splits import class_names, load_splits, pick_split, pinned, super_classes
     from ..ensemble import Ensemble
     from ..hub import load_model
+    from ..memory import smaller_batches
     from ..resolution import Resolution, set_resolution
     from ..training.evaluation import evaluate
-    from ..training.memory import smaller_batches
 
     # Build. Whatever is wrong shows here, before anything is computed.
     sources, data = _models_and_data(options)
@@ -136,9 +136,7 @@ def _write(
     labels: list[str],
     families: dict[str, str] | None,
 ) -> None:
-    """Print the report, unless something else is meant for standard output, and write the files asked for."""
-    if STDOUT not in (options.json, options.csv, options.class_csv):
-        print(report(result))
+    """Write the files asked for, and print the report unless one of them is meant for standard output."""
     write_text(options.json, json.dumps(result, indent=2) + "\n", "--json")
     if options.csv:
         write_text(options.csv, csv_text(picture_rows(scores, split, labels)), "--csv")
@@ -149,6 +147,8 @@ def _write(
         shown = [_examples(pair, scores, split, labels) for pair in result["confusions"][:FIGURE_PAIRS]]
         title = f"Most confused: {' + '.join(result['models'])} on {result['data']}"
         write_whole(options.figure, confusion_sheet(shown, title, options.figure), "--figure")
+    if STDOUT not in (options.json, options.csv, options.class_csv):
+        print(report(result))
 
 
 def _examples(pair: dict, scores: Scores, split: datasets.Dataset, labels: list[str]) -> Confusion:

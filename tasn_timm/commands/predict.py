@@ -56,8 +56,8 @@ def run(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ..hub import load_model
+    from ..memory import smaller_batches
     from ..predict import find_pictures, predict
-    from ..training.memory import smaller_batches
 
     files = find_pictures(options.pictures)
     _check_options(options, len(files))

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..errors import UserError
+from ..memory import lacks_memory
 from ..recipe import Recipe
 from .objective import micro_batch_size
 
@@ -39,7 +40,7 @@ def out_of_memory(recipe: Recipe, accelerator: Accelerator, model: nn.Module, re
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _lacks_memory(error):
+        if not lacks_memory(error):
             raise
         processes = accelerator.num_processes
         batch_size = recipe.batch_size // (processes * recipe.grad_accum_steps)
@@ -56,27 +57,6 @@ def out_of_memory(recipe: Recipe, accelerator: Accelerator, model: nn.Module, re
             f"(batch_size {recipe.batch_size} / {processes} processes / {recipe.grad_accum_steps} grad_accum_steps) on "
             f"{accelerator.device}: {advice}; --mixed-precision bf16 needs less, too."
         ) from error
-
-
-@contextmanager
-def smaller_batches(batch_size: int, device: torch.device) -> Iterator[None]:
-    """Within it, a command that runs out of memory says to use a smaller --batch-size.
-
-    Raises:
-        UserError: Out of memory.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not _lacks_memory(error):
-            raise
-        advice = "use a smaller --batch-size" if batch_size > 1 else "use another machine"
-        raise UserError(f"out of memory with --batch-size {batch_size} on {device}: {advice}.") from error
-
-
-def _lacks_memory(error: Exception) -> bool:
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or "DefaultCPUAllocator" in str(error)  # torch has no class of its own for a CPU
 
 
 def _is_possible(recipe: Recipe, processes: int, model: nn.Module, rest: int) -> bool:
