@@ -18,6 +18,12 @@ COMMANDS = {
     "run": run,
 }
 
+EXAMPLES = """examples:
+  python -m tasn_timm predict tasn_tiny bird.png
+  python -m tasn_timm predict --help                # says everything of a command
+
+exit codes: 0; 2 for your mistake, in one line; 3 for a numerical failure; 130 after Ctrl-C"""
+
 
 class _Parser(argparse.ArgumentParser):
     """Tells mistakes in one line."""
@@ -35,7 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         UserError: Of any of the commands, or of their options.
     """
-    parser = _Parser("python -m tasn_timm", description="Trained models and recipes.", allow_abbrev=False)
+    parser = _Parser(
+        "python -m tasn_timm",
+        description="Trained models and recipes.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     for name, module in COMMANDS.items():
         command = commands.add_parser(

@@ -26,7 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     add = parser.add_argument
     add("data", metavar="DATA", help="a built-in dataset, a folder, or a dataset id on the Hub")
-    add("--workers", type=int, default=2, help="processes that decode images; 0: none (default: %(default)s)")
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        default=2,
+        help="processes that decode images; 0: none (default: %(default)s)",
+    )
     add(
         "--json",
         type=Path,

@@ -78,8 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=f"draw examples of the {FIGURE_PAIRS} pairs of classes confused most (.png, .jpg, .pdf or .svg)",
     )
-    add("--batch-size", type=int, default=64, help="images at once in each process (default: %(default)s)")
-    add("--workers", type=int, default=2, help="processes that load images; 0: none (default: %(default)s)")
+    add("--batch-size", type=int, metavar="N", default=64, help="images at once in each process (default: %(default)s)")
+    add(
+        "--workers", type=int, metavar="N", default=2, help="processes that load images; 0: none (default: %(default)s)"
+    )
     add("--cpu", action="store_true", help="do not use an accelerator")
 
 
@@ -121,7 +123,8 @@ def run(options: argparse.Namespace) -> None:
     assert scores.labels.tolist() == split["label"][:], "every image once, in order"
 
     result = dict(models=sources, data=pinned(data, splits), split=options.split, flip=options.flip)
-    result |= dict(resolution=options.resolution, device=accelerator.device.type, processes=accelerator.num_processes)
+    result |= dict(resolution=resolution and str(resolution))
+    result |= dict(device=accelerator.device.type, processes=accelerator.num_processes)
     result |= summarize(scores, names, labels, families)
     if accelerator.is_main_process:
         _write(options, result, scores, split, labels, families)

@@ -45,8 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"draw up to {PANEL_PICTURES} pictures, where the model looks, "
         "what its backbone sees, and the probabilities, on one sheet (.png, .jpg, .pdf or .svg)",
     )
-    add("--batch-size", type=int, default=32, help="pictures at once (default: %(default)s)")
-    add("--workers", type=int, default=2, help="processes that load pictures; 0: none (default: %(default)s)")
+    add("--batch-size", type=int, metavar="N", default=32, help="pictures at once (default: %(default)s)")
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        default=2,
+        help="processes that load pictures; 0: none (default: %(default)s)",
+    )
     add("--cpu", action="store_true", help="do not use an accelerator")
 
 
