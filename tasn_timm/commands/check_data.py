@@ -54,9 +54,10 @@ def run(options: argparse.Namespace) -> None:
     splits = load_splits(options.data, input_key=options.input_key, target_key=options.target_key)
     result = dict(data=options.data) | check_splits(splits, options.workers)
 
+    text = report(result)
     write_text(options.json, json.dumps(result, indent=2, default=str) + "\n", "--json")
     if options.json != STDOUT:
-        print(report(result))
+        print(text)
     if result["unreadable"]:
         raise UserError(verdict(result))
 

@@ -140,6 +140,7 @@ def _write(
     families: dict[str, str] | None,
 ) -> None:
     """Write the files asked for, and print the report unless one of them is meant for standard output."""
+    text = report(result)
     write_text(options.json, json.dumps(result, indent=2) + "\n", "--json")
     if options.csv:
         write_text(options.csv, csv_text(picture_rows(scores, split, labels)), "--csv")
@@ -151,7 +152,7 @@ def _write(
         title = f"Most confused: {' + '.join(result['models'])} on {result['data']}"
         write_whole(options.figure, confusion_sheet(shown, title, options.figure), "--figure")
     if STDOUT not in (options.json, options.csv, options.class_csv):
-        print(report(result))
+        print(text)
 
 
 def _examples(pair: dict, scores: Scores, split: datasets.Dataset, labels: list[str]) -> Confusion:
