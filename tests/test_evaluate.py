@@ -356,7 +356,6 @@ def test_the_figure_shows_the_surest_mistakes(command, tmp_path, image_folder, m
 
 
 def test_a_figure_is_drawn(command, tmp_path, image_folder):
-    pytest.importorskip("matplotlib")
     folder = constant(tmp_path / "best", [1.0, 0.0, 0.0], image_folder)
     assert command("evaluate", folder, "--figure", tmp_path / "x.png")[0] == 0
     pixels = np.asarray(PILImage.open(tmp_path / "x.png").convert("RGB")).astype(int)

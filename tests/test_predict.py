@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -228,7 +229,6 @@ def test_the_shipped_model_knows_its_birds_without_a_network(command, tmp_path, 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "pdf", "svg"])
 def test_a_panel_is_written_as_its_ending_says(command, folder, photos, tmp_path, ending):
-    pytest.importorskip("matplotlib")
     file = tmp_path / f"x.{ending}"
     code, _, err = command(folder, photos / "a.png", "--panel", file)
     assert code == 0, err
@@ -237,7 +237,6 @@ def test_a_panel_is_written_as_its_ending_says(command, folder, photos, tmp_path
 
 
 def test_a_panel_shows_what_the_model_sees(command, tmp_path):
-    pytest.importorskip("matplotlib")
     colours = [(10, 200, 30), (20, 40, 200)]
     for number, colour in enumerate(colours):
         Image.new("RGB", (192, 192), colour).save(tmp_path / f"{number}.png")
@@ -274,6 +273,12 @@ def test_mistakes_get_one_line_and_exit_code_2(command, folder, photos, tmp_path
     assert (code, out) == (2, "")
     (line,) = err.splitlines()
     assert line.startswith("error: ") and message.format(**names) in line
+
+
+def test_missing_packages_are_named(command, folder, photos, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, out, err = command(folder, photos, "--panel", tmp_path / "x.png")
+    assert (code, out) == (2, "") and err == "error: --panel needs matplotlib: pip install 'tasn_timm[plot]'.\n"
 
 
 def test_a_panel_has_a_limit(command, folder, tmp_path):
