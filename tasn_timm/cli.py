@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .commands import benchmark, check_data, evaluate, export, prepare, publish, recipes, run
+from .commands import benchmark, check_data, evaluate, export, predict, prepare, publish, recipes, run
 from .errors import UserError
 
 COMMANDS = {
@@ -12,11 +12,18 @@ COMMANDS = {
     "check-data": check_data,
     "evaluate": evaluate,
     "export": export,
+    "predict": predict,
     "prepare": prepare,
     "publish": publish,
     "recipes": recipes,
     "run": run,
 }
+
+EXAMPLES = """examples:
+  python -m tasn_timm predict tasn_tiny bird.png
+  python -m tasn_timm predict --help                # says everything of a command
+
+exit codes: 0; 2 for your mistake, in one line; 3 for a numerical failure; 130 after Ctrl-C"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,7 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         UserError: Of any of the commands, or of their options.
     """
-    parser = _Parser("python -m tasn_timm", description="Trained models and recipes.", allow_abbrev=False)
+    parser = _Parser(
+        "python -m tasn_timm",
+        description="Trained models and recipes.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     for name, module in COMMANDS.items():
         command = commands.add_parser(
@@ -48,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             allow_abbrev=False,
         )
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    options = parser.parse_args(arguments)
+        command.set_defaults(run=module.run, parser=command)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:  # told by the command's own parser, whose --help has the options
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     options.run(options)

@@ -24,10 +24,10 @@ PLAIN_STYLE = dict(color="#4d7a94", marker="s", zorder=2)
 
 
 def check_plot(path: Path) -> None:
-    """Check that a plot can be drawn and written to a path, before the work.
+    """Check that a plot can be drawn, before the work.
 
     Raises:
-        UserError: It does not end in .png, matplotlib is missing, or it cannot be written.
+        UserError: Its file does not end in .png, or matplotlib is missing.
     """
     if path.suffix.lower() != ".png":
         raise UserError(f"--plot {str(path)!r} does not end in .png: give a file that does.")
@@ -35,8 +35,6 @@ def check_plot(path: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UserError("--plot needs matplotlib: pip install 'tasn_timm[plot]'.") from error
-    if not path.parent.is_dir():
-        raise UserError(f"there is no folder {str(path.parent)!r} to write {path.name!r} to: make it first.")
 
 
 def sweep(
@@ -129,7 +127,7 @@ def draw(points: list[dict], title: str, subtitle: str, path: Path) -> None:
     grid[0, 0].legend(loc="upper left", frameon=False, labelcolor=INK)
     figure.suptitle(title, fontsize=14, fontweight="bold", color=INK)
     figure.supxlabel(subtitle, fontsize=8.5, color=FAINT)
-    with completing(path) as aside:
+    with completing(path, "--plot") as aside:
         figure.savefig(aside, format="png", dpi=200)
 
 

@@ -1,11 +1,25 @@
 """How a user's mistake is told: one line with what we got, what is allowed and what to do."""
 
+import contextlib
+import errno
 import inspect
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from typing import TextIO
+
+# Of whatever file: nothing that a traceback would help to put right.
+ADVICE = {
+    errno.EACCES: "give yourself access, or choose another place",
+    errno.EPERM: "give yourself access, or choose another place",
+    errno.EROFS: "choose another place",
+    errno.ENOSPC: "free some space, or choose another place",
+    errno.EDQUOT: "free some space, or choose another place",
+}
+SIGPIPE = 13  # signal.SIGPIPE, which Windows does not have, nor BrokenPipeErrors of its standard output
 
 
 class UserError(ValueError):
@@ -69,22 +83,58 @@ def run_command(main: Callable[[], None]) -> int:
     """Run a command and return its exit code.
 
     Returns:
-        0; after one line 2 for a `UserError`, 3 for a `NumericalError`, 128 + the signal's number where one ended it.
+        0; after one line 2 for a `UserError` and for a place without access or space, 3 for a `NumericalError`, 128 +
+        the signal's number where one ended it; without a line 141 (SIGPIPE's) where nobody reads on, as in
+        `... | head -1`.
     """
     try:
         main()
+        print(end="", flush=True)  # here, where errors of standard output can be told
     except (UserError, NumericalError) as error:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f"process {rank}: "  # an unreadable image, say, is met by one process only
         if rank == "0" or isinstance(error, UserError):  # all processes agree on numbers
             # A DataLoader's worker hands its error over with its traceback, the message last.
-            print(f"{where}error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
+            _tell(f"{where}error: {str(error).rsplit('UserError: ', 1)[-1].strip()}")
         return 2 if isinstance(error, UserError) else 3
     except Interrupted as stop:
         if os.environ.get("RANK", "0") == "0":
-            print(stop, file=sys.stderr)
+            _tell(str(stop))
         return 128 + stop.number
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _tell("interrupted")
         return 128 + signal.SIGINT
+    except BrokenPipeError:
+        if not _is_closed(sys.stdout):
+            raise
+        _forget(sys.stdout)
+        return 128 + SIGPIPE
+    except OSError as error:
+        if error.errno not in ADVICE:
+            raise
+        what = repr(error.filename) if error.filename else "what was to be written"
+        _tell(f"error: {what}: {error.strerror}: {ADVICE[error.errno]}.")
+        return 2
     return 0
+
+
+def _tell(line: str) -> None:
+    """Write a line to standard error, after all that went to standard output before."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        _forget(sys.stdout)
+    print(line, file=sys.stderr)
+
+
+def _is_closed(stream: TextIO) -> bool:
+    """Whether a stream is a pipe from which nobody reads any more."""
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def _forget(stream: TextIO | None) -> None:
+    """Let what could not be written go, or Python would complain of it at its end."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # ValueError: a closed one; AttributeError: none
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

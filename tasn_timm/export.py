@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .errors import NumericalError, UserError
+from .files import check_writable
 
 INPUTS, TOLERANCE = 20, 1e-4
 OPSET = 20  # grid_sample has been in ONNX since 16, bilinear with antialiasing since 18
@@ -33,13 +34,14 @@ def export(model: nn.Module, path: Path) -> float:
         smooth as pictures are, in batches of 1 to 3.
 
     Raises:
-        UserError: Another ending, a folder that is not there, or the packages of the extra "export" are missing.
+        UserError: Another ending, a place that cannot be written to, or the packages of the extra "export" are missing.
         NumericalError: The difference is more than 1e-4.
     """
     if path.suffix not in _FORMATS:
         raise UserError(f"{str(path)!r} does not end in {' or '.join(_FORMATS)}: the ending says what to write.")
     if not path.parent.is_dir():
         raise UserError(f"there is no folder {str(path.parent)!r} to write {path.name!r} to: make it first.")
+    check_writable(path, "FILE")
     config = resolve_model_data_config(model)
     if model.pretrained_cfg.get("label_names"):
         config["label_names"] = model.pretrained_cfg["label_names"]

@@ -160,7 +160,10 @@ def _timm_name(source: str) -> str:
     if not is_folder or timm.is_model(source):
         if ":" in source:
             raise unknown("kind of model", source.split(":")[0] + ":", ("hf-hub:", "local-dir:"))
-        backbone_cfg(source)  # fails with the names that come close
+        try:
+            backbone_cfg(source)
+        except UserError as error:  # with the names that come close
+            raise UserError(f"{error} A model is a folder of training, hf-hub:user/name or a timm name.") from error
         return source
     folder = Path(source.removeprefix("local-dir:"))
     if not (folder / "config.json").is_file() and (folder / "best").is_dir():

@@ -16,11 +16,13 @@ from PIL import Image
 from torch import nn
 
 from .card import Context, Measured, model_card
+from .data.decoding import UnreadableImage
 from .data.synthbirds import draw
 from .errors import UserError
 from .hub import load_model
 from .hub_config import HUB_CONFIGS, PICTURE, HubConfig, Training
 from .hub_errors import LOG_IN, problem, reason_of
+from .predict import load_picture
 from .recipe import FREE_OPTIONS, RECIPES, Recipe, load_recipe, save_recipe
 from .recipe_cards import recipe_cards
 from .tasn import TASN
@@ -257,8 +259,8 @@ def _draw(model: nn.Module, run: FinishedRun, example: Path | None, target: Path
     if example is None and run.recipe.data != "synthbirds":
         return None
     try:
-        picture = Image.open(example).convert("RGB") if example else Image.fromarray(draw("test", 0))
-    except OSError as error:
+        picture = load_picture(example) if example else Image.fromarray(draw("test", 0))
+    except UnreadableImage as error:
         raise UserError(f"--example {str(example)!r} cannot be read as a picture: {error}.") from error
     attention_panels(model, picture).save(target / FIGURE, optimize=True)
     return FIGURE

@@ -153,6 +153,11 @@ def test_workers_change_nothing(photos, command, tmp_path):
     assert results[0] == results[1] == results[2]
 
 
+def test_standard_output_can_be_json_alone(command, image_folder):
+    code, out, _ = command(image_folder, "--workers", 0, "--json", "-")
+    assert code == 0 and json.loads(out)["images"] == 84
+
+
 def test_good_data_is_short_and_exits_with_0(command, image_folder):
     code, out, err = command(image_folder, "--workers", 0)
     assert (code, "error" in err) == (0, False)
@@ -374,7 +379,7 @@ def test_json_is_written_whole_or_not_at_all(command, photos, tmp_path, monkeypa
     assert not list(out.iterdir())
     monkeypatch.setattr(Path, "replace", interrupt)
     with pytest.raises((KeyboardInterrupt, TypeError)):
-        write_whole(out / "x.json", "text")
+        write_whole(out / "x.json", "text", "--json")
     assert not list(out.iterdir())
 
 

@@ -207,6 +207,7 @@ def test_a_file_that_differs_is_not_left_behind(command, tmp_path, monkeypatch):
         (["tasn_tiny", "nowhere/tiny.onnx"], "there is no folder 'nowhere'"),
         (["tasn_resnet50", "tiny.onnx"], "'tasn_resnet50' has no trained classifier"),
         (["tasn_tiny"], "the following arguments are required: FILE"),
+        (["tasn_tiny", "/proc/tiny.onnx"], "FILE '/proc/tiny.onnx' cannot be written"),
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(command, arguments, message):

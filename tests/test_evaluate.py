@@ -1,9 +1,14 @@
 """`python -m tasn_timm evaluate` measures what plain timm and PIL code measures; what it refuses."""
 
+import csv
+import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +20,18 @@ from accelerate.state import AcceleratorState, GradientState
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from loopback_hub import LoopbackHub, connect, go_online
 from PIL import Image as PILImage
+from scipy.stats import binomtest
 
-from tasn_timm import cli
+from tasn_timm import cli, sheets
 from tasn_timm.commands import evaluate as command_evaluate
 from tasn_timm.data.loading import Batch
 from tasn_timm.data.splits import load_splits, super_classes
 from tasn_timm.data.transforms import eval_transform
-from tasn_timm.errors import run_command
+from tasn_timm.ensemble import Ensemble
+from tasn_timm.errors import UserError, run_command
 from tasn_timm.hub import load_model, save_folder, trained_on
-from tasn_timm.training.evaluation import Ensemble, Scores, evaluate
+from tasn_timm.resolution import Resolution, set_resolution
+from tasn_timm.training.evaluation import Scores, evaluate
 from tasn_timm.zoo import HUB_CONFIGS
 
 COLOURS = ["blue", "green", "red"]
@@ -210,30 +218,188 @@ def test_super_classes_sum_up_their_classes(command, measure, tmp_path, species)
         mine = above == number
         top1 = 100 * (p.argmax(1) == labels)[mine].double().mean().item()
         expected = dict(classes=SUPER_OF.count(number), images=int(mine.sum()), top1=pytest.approx(top1))
-        assert result["super_classes"][name] == expected
+        found = result["super_classes"][name]
+        assert found.pop("interval") == pytest.approx(wilson(round(top1 * int(mine.sum()) / 100), int(mine.sum())))
+        assert found == expected
 
     code, out, err = command("evaluate", folder)
     assert code == 0 and err == "", "no bar where nobody watches"
-    line, _, header, *rows = out.splitlines()
-    assert line == f"{folder} on {species}, split test: 27 images, top-1 {result['top1']:.2f} %, top-5 " + (
-        f"{result['top5']:.2f} %"
-    )
-    assert header.split() == ["Super", "Class", "#", "Class", "images", "accuracy"]
-    assert [row.split()[:3] for row in rows] == [
+    head, measures, families, classes, pairs = (part.splitlines() for part in out.strip().split("\n\n"))
+    assert head == [f"{folder} on {species}, split test: 27 images of 8 classes"]
+    low, high = result["top1_interval"]
+    assert measures[1].split() == f"top-1 {result['top1']:.2f} % {low:.2f} to {high:.2f}".split()
+    assert measures[2].startswith(f"top-5              {result['top5']:.2f} %")
+    assert measures[3].split()[:3] == f"calibration error {result['calibration_error']:.2f}".split()
+    assert measures[4].endswith("1 process on cpu, loading included")
+    assert families[0].split() == "Super Class # Class images accuracy 95 % interval".split()
+    assert [row.split()[:3] for row in families[1:]] == [
         ["Aves", "3", "10"],
         ["Fungi", "3", "11"],
         ["Insecta", "2", "6"],
         ["Total", "8", "27"],
     ]
-    assert rows[-1].split()[3] == f"{result['top1']:.2f}"
+    assert families[-1].split()[3] == f"{result['top1']:.2f}"
+    shares = [float(row.split()[3]) for row in classes[1:]]
+    assert shares == sorted(shares) and len(shares) == 8, "the lowest first"
+    first = result["confusions"][0]
+    assert re.split("  +", pairs[1]) == [first["label"], first["prediction"], f"{first['images']} of {first['of']}"]
 
 
-def test_without_super_classes_there_is_one_line(command, tmp_path, image_folder):
+def test_without_super_classes_and_mistakes_the_report_is_short(command, tmp_path, image_folder):
+    folder = constant(tmp_path / "best", [9.0, 0.0, 0.0], image_folder)
+    shutil.copytree(image_folder / "test" / "blue", tmp_path / "data" / "test" / "blue")
+    code, out, _ = command("evaluate", folder, tmp_path / "data", "--flip", "--figure", tmp_path / "x.png")
+    assert code == 0 and (tmp_path / "x.png").is_file()
+    head, *_, classes = out.strip().split("\n\n")
+    assert head.splitlines() == [
+        f"{folder} (image and mirror image) on {tmp_path / 'data'}, split test: 7 images of 1 class",
+        "classes matched by name: 1 of the model's 3",
+    ]
+    assert "top-5" not in out and "most confused" not in out and len(classes.splitlines()) == 2
+
+
+def wilson(right: int, total: int) -> tuple[float, float]:
+    interval = binomtest(right, total).proportion_ci(0.95, method="wilson")
+    return 100 * interval.low, 100 * interval.high
+
+
+def check_tables(result: dict, out: Path, p: torch.Tensor, labels: torch.Tensor) -> None:
+    """Confusions, calibration, intervals and both CSV files, from probabilities (N, K) and labels (N,)."""
+    sure, best = p.max(1)
+    right = best == labels
+    assert result["top1_interval"] == pytest.approx(wilson(int(right.sum()), len(labels)), abs=1e-4)
+    error = 0.0
+    for number in range(15):
+        inside = (sure > number / 15) & (sure <= (number + 1) / 15)
+        error += abs(float(right[inside].double().sum() - sure[inside].sum())) / len(labels)
+    assert result["calibration_error"] == pytest.approx(100 * error, abs=1e-3)
+
+    wrong = Counter((SPECIES[a], SPECIES[b]) for a, b in zip(labels.tolist(), best.tolist()) if a != b)
+    assert {(one["label"], one["prediction"]): one["images"] for one in result["confusions"]} == wrong
+    assert all(one["of"] == COUNTS[SPECIES.index(one["label"])] for one in result["confusions"])
+
+    rows = list(csv.DictReader((out / "pictures.csv").open(newline="")))
+    assert [int(row["row"]) for row in rows] == list(range(len(labels)))
+    assert [row["label"] for row in rows] == [SPECIES[label] for label in labels]
+    assert [row["prediction"] for row in rows] == [SPECIES[label] for label in best]
+    assert [float(row["probability"]) for row in rows] == pytest.approx(sure.tolist(), abs=1e-5)
+    assert [bool(int(row["correct"])) for row in rows] == right.tolist()
+    in_top5 = [int(label) in row.argsort(descending=True)[:5] for row, label in zip(p, labels)]
+    assert [bool(int(row["in_top5"])) for row in rows] == in_top5
+
+    classes = list(csv.DictReader((out / "classes.csv").open(newline="")))
+    assert [row["class"] for row in classes] == SPECIES
+    for label, row in enumerate(classes):
+        mine = labels == label
+        assert (int(row["images"]), int(row["correct"])) == (int(mine.sum()), int(right[mine].sum()))
+        assert row["super_class"] == SUPERS[SUPER_OF[label]]
+        interval = wilson(int(right[mine].sum()), int(mine.sum()))
+        assert (float(row["low"]), float(row["high"])) == pytest.approx(interval, abs=1e-4)
+        if row["most_taken_for"]:
+            most = max(number for (name, _), number in wrong.items() if name == row["class"])
+            assert wrong[row["class"], row["most_taken_for"]] == int(row["taken"]) == most
+
+
+def test_confusions_calibration_and_tables_are_those_of_plain_loops(measure, tmp_path, species):
+    folder = save(tmp_path / "best", SPECIES, species)
+    files = ["--csv", tmp_path / "pictures.csv", "--class-csv", tmp_path / "classes.csv"]
+    result = measure(folder, *files)
+    p, labels = probabilities([folder], species)
+    check_tables(result, tmp_path, p, labels)
+    assert result["images_per_second"] == pytest.approx(27 / result["seconds"])
+    assert (result["device"], result["processes"], result["resolution"]) == ("cpu", 1, None)
+
+
+def test_pictures_are_named_in_the_table(measure, tmp_path, image_folder, species):
     folder = save(tmp_path / "best", COLOURS, image_folder)
-    code, out, _ = command("evaluate", folder, "--flip")
-    assert code == 0
-    assert out.startswith(f"{folder} (image and mirror image) on {image_folder}, split test: 21 images, top-1 ")
-    assert len(out.splitlines()) == 1 and "top-5" not in out
+    measure(folder, "--csv", tmp_path / "x.csv")
+    for row in csv.DictReader((tmp_path / "x.csv").open(newline="")):
+        assert Path(row["image"]).parent == image_folder.resolve() / "test" / row["label"]
+        assert row["in_top5"] == "", "of three classes there are no five"
+    named = Dataset.from_parquet(str(species / "test-00000.parquet")).add_column(
+        "image_id", [f"n{i}" for i in range(27)]
+    )
+    (tmp_path / "named").mkdir()
+    named.to_parquet(tmp_path / "named" / "test-00000.parquet")
+    measure(save(tmp_path / "birds", SPECIES, species), tmp_path / "named", "--csv", tmp_path / "x.csv")
+    assert [row["image"] for row in csv.DictReader((tmp_path / "x.csv").open(newline=""))] == named["image_id"][:]
+
+
+def test_standard_output_can_be_a_file_alone(command, tmp_path, image_folder):
+    folder = save(tmp_path / "best", COLOURS, image_folder)
+    assert json.loads(command("evaluate", folder, "--json", "-")[1])["images"] == 21
+    assert len(list(csv.DictReader(io.StringIO(command("evaluate", folder, "--csv", "-")[1])))) == 21
+    assert len(list(csv.DictReader(io.StringIO(command("evaluate", folder, "--class-csv", "-")[1])))) == 3
+
+
+def test_the_figure_shows_the_surest_mistakes(command, tmp_path, image_folder, monkeypatch):
+    """All is taken for blue; how sure the model is of it depends on the picture."""
+    drawn = []
+    monkeypatch.setattr(sheets, "confusion_sheet", lambda pairs, *rest: drawn.extend(pairs) or b"drawn")
+    folder = constant(tmp_path / "best", [3.0, 0.0, 0.0], image_folder)
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    with torch.no_grad():
+        model.get_classifier().weight[0] = 0.05 * torch.randn(model.num_features)
+    save_folder(model, folder, label_names=COLOURS, data_config=model.pretrained_cfg, dataset=str(image_folder))
+    code, _, err = command("evaluate", folder, "--figure", tmp_path / "x.png", "--csv", tmp_path / "x.csv")
+    assert code == 0, err
+    assert (tmp_path / "x.png").read_bytes() == b"drawn"
+    rows = list(csv.DictReader((tmp_path / "x.csv").open(newline="")))
+    for pair in drawn:
+        assert pair.prediction == "blue" and (pair.images, pair.of) == (7, 7)
+        mine = sorted((row for row in rows if row["label"] == pair.label), key=lambda row: -float(row["probability"]))
+        assert [share for _, share in pair.wrong] == pytest.approx([float(row["probability"]) for row in mine[:4]])
+        for (picture, _), row in zip(pair.wrong, mine):
+            assert np.array_equal(picture, PILImage.open(row["image"]).convert("RGB"))
+        assert len(pair.right) == 3
+    assert [pair.label for pair in drawn] == ["green", "red"]
+
+
+def test_a_figure_is_drawn(command, tmp_path, image_folder):
+    folder = constant(tmp_path / "best", [1.0, 0.0, 0.0], image_folder)
+    assert command("evaluate", folder, "--figure", tmp_path / "x.png")[0] == 0
+    pixels = np.asarray(PILImage.open(tmp_path / "x.png").convert("RGB")).astype(int)
+    shares = [(pixels[..., channel] > pixels.sum(2) * 0.55).mean() for channel in range(3)]
+    assert shares[0] == pytest.approx(shares[1], rel=0.1), "four red and four green pictures"
+    assert shares[2] == pytest.approx(6 / 4 * shares[0], rel=0.1), "three blue ones beside each"
+
+
+def test_a_resolution_is_that_of_a_model_made_for_it(measure, tmp_path, species):
+    folder = save(tmp_path / "best", SPECIES, species, size=32)
+    result = measure(folder, "--resolution", 48)
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"]["input_size"] = [3, 48, 48]
+    shutil.copytree(folder, tmp_path / "larger")
+    (tmp_path / "larger" / "config.json").write_text(json.dumps(config))
+    check(result, *probabilities([tmp_path / "larger"], species), SPECIES)
+    assert result["resolution"] == "48"
+
+
+@pytest.mark.parametrize(("text", "sampled"), [("256", 64), ("240:96", 96), ("192", 48)])
+def test_a_tasn_samples_the_same_share_or_what_is_said(text, sampled):
+    model, resolution = load_model("tasn_tiny"), Resolution.parse(text)
+    set_resolution(model, resolution, "tasn_tiny")
+    images = torch.rand(2, 3, resolution.input, resolution.input, generator=torch.Generator().manual_seed(0))
+    twin = timm.create_model("tasn_tiny", pretrained=True, sample_size=sampled).eval()
+    with torch.inference_mode():
+        assert model.sample(images).shape[-2:] == (sampled, sampled)
+        torch.testing.assert_close(model(images), twin(images))
+    (view,) = Ensemble([model]).views
+    assert view["input_size"] == (3, resolution.input, resolution.input)
+
+
+def test_position_embeddings_are_resized_with_the_resolution():
+    model = timm.create_model("test_vit", num_classes=3).eval()
+    set_resolution(model, Resolution(192), "test_vit")
+    assert model(torch.rand(1, 3, 192, 192)).shape == (1, 3)
+    with pytest.raises(UserError, match=r"--resolution 100: model 'test_vit' does not take 100 x 100 pixels"):
+        set_resolution(model, Resolution(100), "test_vit")
+
+
+@pytest.mark.parametrize("text", ["", "0", "-3", "a", "3.5", "224:", "1:2:3", "64:128"])
+def test_resolutions_that_are_none_are_refused(text):
+    with pytest.raises(UserError, match="--resolution"):
+        Resolution.parse(text)
 
 
 def write_part(path: Path, data: Path, names: list[str], **more: str) -> Path:
@@ -316,8 +482,10 @@ def test_another_split_is_measured(measure, tmp_path, image_folder):
 
 
 def test_scores_count_classes_and_tell_top5_only_beyond_5():
-    scores = Scores(correct=torch.tensor([2, 0, 1]), counts=torch.tensor([4, 0, 4]), top5=None)
+    best = torch.tensor([0, 0, 1, 2, 2, 1, 0, 1])[:, None]
+    scores = Scores(best, best, labels=torch.tensor([0, 0, 0, 0, 2, 2, 2, 2]), num_classes=3)
     assert scores.metrics == dict(top1=37.5, images=8)
+    assert scores.correct.tolist() == [2, 0, 1] and scores.counts.tolist() == [4, 0, 4]
     loader = [Batch(torch.eye(8)[[0, 1, 2, 3]], torch.tensor([0, 1, 2, 7]), [], [])] * 2
     scores = evaluate(Accelerator(cpu=True), lambda images: images - torch.arange(8) / 100, loader)
     assert scores.metrics == dict(top1=75.0, top5=75.0, images=8)
@@ -331,6 +499,7 @@ def test_scores_count_classes_and_tell_top5_only_beyond_5():
         (["evaluate", "runs/none"], "there is no model folder 'runs/none'"),
         (["evaluate", "local-dir:none"], "there is no model folder 'none'"),
         (["evaluate", "tasn_tny"], "unknown timm model 'tasn_tny': did you mean 'tasn_tiny'"),
+        (["evaluate", "runs2"], "unknown timm model 'runs2'. A model is a folder of training, hf-hub:user/name or a"),
         (["evaluate", "hub:user/name"], "there is no model folder 'hub:user/name'"),
         (["evaluate", "tasn_tiny.cub"], "unknown weights of tasn_tiny"),
         (["evaluate", "tasn_resnet50.in1k", "synthbirds"], "'tasn_resnet50.in1k' has no trained classifier"),
@@ -369,7 +538,13 @@ def test_scores_count_classes_and_tell_top5_only_beyond_5():
         (["evaluate", "{best}", "--batch-size", "x"], "invalid int value: 'x'"),
         (["evaluate", "{best}", "--json", "/no/such/folder/x.json"], "--json '/no/such/folder/x.json' cannot be"),
         (["evaluate", "{best}", "--json", "{photos}"], "is a folder"),
-        (["evaluate", "{best}", "--flp"], "unrecognized arguments: --flp: see python -m tasn_timm --help"),
+        (["evaluate", "{best}", "--csv", "/no/x.csv"], "--csv '/no/x.csv' cannot be written (No such file"),
+        (["evaluate", "{best}", "--class-csv", "/proc/x.csv"], "--class-csv '/proc/x.csv' cannot be written"),
+        (["evaluate", "{best}", "--figure", "x.txt"], "unknown format of --figure 'x.txt', the ending '.txt'"),
+        (["evaluate", "{best}", "--csv", "x.csv", "--class-csv", "x.csv"], "name the same file"),
+        (["evaluate", "{best}", "--resolution", "big"], "--resolution takes INPUT or INPUT:SAMPLED in pixels"),
+        (["evaluate", "{best}", "--resolution", "64:32"], "'{best}' samples nothing: give --resolution 64"),
+        (["evaluate", "{best}", "--flp"], "unrecognized arguments: --flp: see python -m tasn_timm evaluate"),
         (["evalute", "{best}"], "invalid choice: 'evalute'"),
     ],
 )
@@ -405,7 +580,7 @@ def test_a_tasn_without_class_names_is_refused_from_a_folder_too(tmp_path):
 def test_outputs_that_are_not_finite_are_refused(command, tmp_path, image_folder):
     good, spoiled = (constant(tmp_path / name, [0.0, float(name), 0.0], image_folder) for name in ("1", "nan"))
     code, _, err = command("evaluate", "--ensemble", good, spoiled)
-    assert code == 2 and "the output of model 2 of 2 is not finite" in err
+    assert code == 3 and "the output of model 2 of 2 is not finite" in err
 
 
 def test_broken_folders_are_named(command, tmp_path, image_folder):
@@ -468,12 +643,16 @@ def test_two_processes_count_every_image_once(tmp_path, species):
     folder = save(tmp_path / "best", SPECIES, species)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m"]
     command += ["tasn_timm", "evaluate", str(folder), "--cpu", "--batch-size", "4", "--json", str(tmp_path / "x.json")]
+    command += ["--csv", str(tmp_path / "pictures.csv"), "--class-csv", str(tmp_path / "classes.csv")]
     result = subprocess.run(
         command, cwd=tmp_path, env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("27 images") == 1, "one process speaks"
-    check(json.loads((tmp_path / "x.json").read_text()), *probabilities([folder], species), SPECIES)
+    found, expected = json.loads((tmp_path / "x.json").read_text()), probabilities([folder], species)
+    check(found, *expected, SPECIES)
+    check_tables(found, tmp_path, *expected)
+    assert found["processes"] == 2
 
 
 @pytest.mark.slow

@@ -20,7 +20,9 @@ from training_runs import SMALL, train_accelerate
 
 import tasn_timm
 from tasn_timm import cli, publish
-from tasn_timm.errors import run_command
+from tasn_timm.data import synthbirds
+from tasn_timm.data.decoding import ORIENTATION
+from tasn_timm.errors import UserError, run_command
 from tasn_timm.hub import load_model, save_folder, trained_on
 from tasn_timm.hub_config import HUB_CONFIGS, HubConfig
 from tasn_timm.recipe import load_recipe, save_recipe
@@ -363,3 +365,21 @@ def test_the_figure_shows_the_picture_the_map_and_the_sample(birds):
     first = torch.tensor(list(sheet.crop((0, 0, 192, 192)).tobytes()))
     original = torch.tensor(list(draw("test", 0).tobytes()))
     assert (first - original).abs().max() <= 1, "the picture itself"
+
+
+def test_the_example_is_decoded_as_everywhere(tmp_path):
+    """A photo that its EXIF turns gives the figure of the turned photo; what is no picture is one line."""
+    model, turned = load_model("tasn_tiny"), Image.Exif()
+    turned[ORIENTATION] = 6
+    drawn = Image.fromarray(synthbirds.draw("test", 0))
+    drawn.save(tmp_path / "upright.png")
+    drawn.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=turned)
+    figures = []
+    for name in ("upright", "turned"):
+        publish._draw(model, None, tmp_path / f"{name}.png", tmp_path)
+        figures.append((tmp_path / publish.FIGURE).read_bytes())
+    assert figures[0] == figures[1]
+    (tmp_path / "text.jpg").write_text("hello")
+    for name in ("text.jpg", "nowhere.jpg"):
+        with pytest.raises(UserError, match=f"--example '.*{name}' cannot be read as a picture: "):
+            publish._draw(model, None, tmp_path / name, tmp_path)

@@ -250,7 +250,8 @@ def test_the_first_best_epoch_is_kept_and_tested(train, tmp_path, monkeypatch):
     def fake(accelerator, predict, loader, check, batches):
         weights.append({name: tensor.clone() for name, tensor in predict[1].state_dict().items()})
         right = int(next(scores))
-        return Scores(correct=torch.tensor([right]), counts=torch.tensor([100]), top5=None)
+        best = (torch.arange(100) >= right).long()[:, None]
+        return Scores(best, best.float(), labels=torch.zeros(100, dtype=torch.long), num_classes=2)
 
     monkeypatch.setattr(train_accelerate, "evaluate", fake)
     assert train("--epochs", "4")[0] == 0

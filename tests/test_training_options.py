@@ -448,7 +448,7 @@ def test_a_dry_run_estimates_from_its_second_step_and_its_evaluation(tmp_path):
     (tmp_path / "checkpoints/epoch-0000-image-00000032-step-00000002/state.pt").write_bytes(bytes(3_000_000))
     (tmp_path / "checkpoints/epoch-0000-image-00000000-step-00000000").mkdir()
     measured = SimpleNamespace(step_ends=[17.0, 20.0], accelerator=SimpleNamespace(device=torch.device("cpu")))
-    scores = Scores(torch.tensor([1]), torch.tensor([2]), None, seconds=1.0)
+    scores = Scores(torch.zeros(2, 1), torch.zeros(2, 1), torch.arange(2), num_classes=2, seconds=1.0)
     loaders = dict(train=range(30), val=range(10), test=range(4))
     recipe = Recipe(epochs=100, checkpoint_hist=3)
     text = dry_run.estimate(recipe, Plan(300, 10, 1), measured, loaders, scores, tmp_path)

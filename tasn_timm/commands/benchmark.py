@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import write_whole
+from ..files import check_outputs, write_whole
 from ..tables import table
 
 if TYPE_CHECKING:
@@ -72,11 +72,10 @@ def run(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     machine = Machine(device, options.channels_last, options.compile, options.rounds, options.max_seconds)
-    if options.json:
-        write_whole(options.json, None)
+    check_outputs(json=options.json, plot=options.plot)
     result = dict(machine=machine.describe()) | (_sweep if options.plot else _compare)(options, machine)
     if options.json:
-        write_whole(options.json, json.dumps(result, indent=2) + "\n")
+        write_whole(options.json, json.dumps(result, indent=2) + "\n", "--json")
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -10,7 +10,8 @@ from collections import Counter
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import write_whole
+from ..files import STDOUT, check_writable, write_text
+from ..tables import counted, short, table
 
 SUMMARY = "find unreadable and duplicate images of a dataset"
 EXAMPLES = """examples:
@@ -25,8 +26,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     add = parser.add_argument
     add("data", metavar="DATA", help="a built-in dataset, a folder, or a dataset id on the Hub")
-    add("--workers", type=int, default=2, help="processes that decode images; 0: none (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write everything found, also each class, to this file")
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        default=2,
+        help="processes that decode images; 0: none (default: %(default)s)",
+    )
+    add(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write everything found, also each class, to this file; -: to standard output, without the report",
+    )
     add("--input-key", metavar="KEY", help="column of the images, where there are several")
     add("--target-key", metavar="KEY", help="column of the labels, where there are several")
 
@@ -38,14 +50,14 @@ def run(options: argparse.Namespace) -> None:
 
     if options.workers < 0:
         raise UserError(f"--workers must be 0 or more, got {options.workers}.")
-    if options.json:
-        write_whole(options.json, None)
+    check_writable(options.json, "--json")
     splits = load_splits(options.data, input_key=options.input_key, target_key=options.target_key)
     result = dict(data=options.data) | check_splits(splits, options.workers)
 
-    print(report(result))
-    if options.json:
-        write_whole(options.json, json.dumps(result, indent=2, default=str) + "\n")
+    text = report(result)
+    write_text(options.json, json.dumps(result, indent=2, default=str) + "\n", "--json")
+    if options.json != STDOUT:
+        print(text)
     if result["unreadable"]:
         raise UserError(verdict(result))
 
@@ -67,8 +79,8 @@ def report(result: dict) -> str:
         result: Of `check_splits`, and "data", the dataset's name.
     """
     splits = result["splits"]
-    head = f"{_count(result['images'], 'image')} of {_count(result['classes'], 'class')} in "
-    parts = [f"{result['data']}: {head}{_count(len(splits), 'split')}", _classes_table(result), _sizes_table(splits)]
+    head = f"{counted(result['images'], 'image')} of {counted(result['classes'], 'class')} in "
+    parts = [f"{result['data']}: {head}{counted(len(splits), 'split')}", _classes_table(result), _sizes_table(splits)]
     parts += [_kinds(splits), _class_problems(splits), _unreadable(result), _duplicates(result)]
     return "\n\n".join(part for part in parts if part)
 
@@ -80,9 +92,9 @@ def _classes_table(result: dict) -> str:
         text = "-"
         if present:
             (fewest, rare), (most, common) = present[0], present[-1]
-            text = f"{most:,}" if fewest == most else f"{fewest:,} ({_short(rare)}) to {most:,} ({_short(common)})"
+            text = f"{most:,}" if fewest == most else f"{fewest:,} ({short(rare)}) to {most:,} ({short(common)})"
         rows.append((name, f"{split['images']:,}", f"{len(present):,} of {result['classes']:,}", text))
-    return _table(rows, "<>><")
+    return table(rows, "<>><")
 
 
 def _sizes_table(splits: dict[str, dict]) -> str:
@@ -93,7 +105,7 @@ def _sizes_table(splits: dict[str, dict]) -> str:
         if split["width"]:
             sizes = [f"{split[side][key]:,.0f}" for side in ("width", "height") for key in ("min", "median", "max")]
             rows.append((name, *sizes, f"{split['small']:,}"))
-    return _table(rows, "<>>>>>>>")
+    return table(rows, "<>>>>>>>")
 
 
 def _kinds(splits: dict[str, dict]) -> str:
@@ -101,18 +113,18 @@ def _kinds(splits: dict[str, dict]) -> str:
     for title in ("formats", "converted"):
         counts = sum((Counter(split[title]) for split in splits.values()), Counter())
         rows.append((title, ", ".join(f"{kind} {count:,}" for kind, count in counts.most_common()) or "none"))
-    return _table(rows, "<<")
+    return table(rows, "<<")
 
 
 def _class_problems(splits: dict[str, dict]) -> str:
     lines = []
     for name, split in splits.items():
         if split["unlabelled"]:
-            lines.append(f"{name} has {_count(split['unlabelled'], 'image')} without the label of a class")
+            lines.append(f"{name} has {counted(split['unlabelled'], 'image')} without the label of a class")
         if split.get("missing"):
-            lines.append(f"{name} lacks {_count(len(split['missing']), 'class')} of train: {_some(split['missing'])}")
+            lines.append(f"{name} lacks {counted(len(split['missing']), 'class')} of train: {_some(split['missing'])}")
         if split.get("untrained"):
-            number = _count(len(split["untrained"]), "class")
+            number = counted(len(split["untrained"]), "class")
             lines.append(f"{name} has {number} that train has no image of: {_some(split['untrained'])}")
     return _section("classes", "\n".join(lines)) if lines else ""
 
@@ -120,8 +132,8 @@ def _class_problems(splits: dict[str, dict]) -> str:
 def _unreadable(result: dict) -> str:
     found = result["unreadable"]
     rows = [(*_where(place, result["data"]), place["reason"]) for place in found[:LISTED]]
-    title = f"unreadable: {_count(len(found), 'image') if found else 'none'}"
-    return _section(title, _table(rows, "<><<<"), len(found) - LISTED)
+    title = f"unreadable: {counted(len(found), 'image') if found else 'none'}"
+    return _section(title, table(rows, "<><<<"), len(found) - LISTED)
 
 
 def _duplicates(result: dict) -> str:
@@ -135,13 +147,13 @@ def _duplicates(result: dict) -> str:
         key = "split" if one["across_splits"] else "label"
         other = next(place for place in others if place[key] != first[key])
         notes = [] if one["labels_agree"] else ["labels differ"]
-        notes += [f"{_count(len(others) - 1, 'more place')}"] if len(others) > 1 else []
+        notes += [f"{counted(len(others) - 1, 'more place')}"] if len(others) > 1 else []
         rows += [
             (f"{number}", *_where(first, result["data"]), first["label"] or "no label", ""),
             ("", *_where(other, result["data"]), other["label"] or "no label", ", ".join(notes)),
         ]
-    title = ", ".join(f"{_count(number, 'file')} {kind}" for kind, number in kinds.items() if number) or "none"
-    return _section(f"duplicates: {title}", _table(rows, "><><<<<"), len(found) - LISTED // 2)
+    title = ", ".join(f"{counted(number, 'file')} {kind}" for kind, number in kinds.items() if number) or "none"
+    return _section(f"duplicates: {title}", table(rows, "><><<<<"), len(found) - LISTED // 2)
 
 
 def _where(place: dict, data: str) -> tuple[str, ...]:
@@ -154,16 +166,6 @@ def _where(place: dict, data: str) -> tuple[str, ...]:
     return place["split"], f"row {place['row']}", image_id, str(file) if place["file"] else ""
 
 
-def _table(rows: list[tuple[str, ...]], align: str) -> str:
-    """Rows as lines of columns, each aligned to the left (<) or to the right (>); without empty columns."""
-    columns = [
-        [f"{cell:{side}{max(map(len, column))}}" for cell in column]
-        for side, column in zip(align, zip(*rows))
-        if any(column)
-    ]
-    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns))
-
-
 def _section(title: str, lines: str, unlisted: int = 0) -> str:
     more = [f"... and {unlisted:,} more (--json FILE has all)"] if unlisted > 0 else []
     return "\n".join([title, *(f"  {line}" for line in [*lines.splitlines(), *more])])
@@ -171,12 +173,3 @@ def _section(title: str, lines: str, unlisted: int = 0) -> str:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED:,} more" if len(names) > NAMED else "")
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 30 else f"{name[:27]}..."
-
-
-def _count(number: int, noun: str) -> str:
-    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
-    return f"{number:,} {noun if number == 1 else plural}"

@@ -1,4 +1,8 @@
-"""Measure the accuracy of a trained model, or of several whose probabilities are averaged."""
+"""Measure a trained model, or several whose probabilities are averaged.
+
+Accuracy with its 95 % interval (Wilson's), for each class and super-class, which classes are taken for which, how far
+probabilities are from accuracies (expected calibration error, 15 bins), and images a second.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,15 @@ import timm
 import torch
 from torch import nn
 
+from ..data.decoding import decode, undecoded
 from ..errors import UserError, unknown
-from ..files import write_whole
+from ..files import STDOUT, check_outputs, csv_text, write_text, write_whole
+from ..report import class_rows, picture_rows, report, summarize
 
 if TYPE_CHECKING:
     import datasets
 
+    from ..sheets import Confusion
     from ..training.evaluation import Scores
 
 SUMMARY = "measure the accuracy of trained models"
@@ -26,9 +33,12 @@ USAGE = """python -m tasn_timm evaluate MODEL [DATA] [options]
        python -m tasn_timm evaluate [DATA] --ensemble MODEL MODEL [MODEL ...] [options]"""
 EXAMPLES = """examples:
   python -m tasn_timm evaluate tasn_tiny                              # the dataset that it was trained on
-  python -m tasn_timm evaluate runs/cub photos/ --flip --json cub.json
+  python -m tasn_timm evaluate runs/cub photos/ --flip --csv predictions.csv --figure confusions.png
+  python -m tasn_timm evaluate runs/cub --resolution 640 --json - | jq .top1
   python -m tasn_timm evaluate photos/ --ensemble runs/cub runs/cub-1 runs/cub-2
   accelerate launch --multi_gpu --num_processes 8 -m tasn_timm evaluate runs/inat"""
+
+FIGURE_PAIRS = 6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,9 +57,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target-key", metavar="COLUMN", help="column of the classes (default: found)")
     add("--split", default="test", help="split to measure on (default: %(default)s)")
     add("--flip", action="store_true", help="average the probabilities of each image and its mirror image")
-    add("--json", type=Path, metavar="FILE", help="write everything measured, also each class, to this file")
-    add("--batch-size", type=int, default=64, help="images at once in each process (default: %(default)s)")
-    add("--workers", type=int, default=2, help="processes that load images; 0: none (default: %(default)s)")
+    add(
+        "--resolution",
+        metavar="INPUT[:SAMPLED]",
+        help="pixels of the models' square input, and of what a TASN samples from it, in place of their own; without "
+        "SAMPLED the same share of the input as before (512 to 224: 640 gives 280)",
+    )
+    add(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write everything measured, each class and pair of confused classes included, to this file; -: to "
+        "standard output, without the report (so for --csv and --class-csv)",
+    )
+    add("--csv", type=Path, metavar="FILE", help="write a table of predictions, a row for each picture")
+    add("--class-csv", type=Path, metavar="FILE", help="write a table of classes, a row for each")
+    add(
+        "--figure",
+        type=Path,
+        metavar="FILE",
+        help=f"draw examples of the {FIGURE_PAIRS} pairs of classes confused most (.png, .jpg, .pdf or .svg)",
+    )
+    add("--batch-size", type=int, metavar="N", default=64, help="images at once in each process (default: %(default)s)")
+    add(
+        "--workers", type=int, metavar="N", default=2, help="processes that load images; 0: none (default: %(default)s)"
+    )
     add("--cpu", action="store_true", help="do not use an accelerator")
 
 
@@ -59,12 +91,16 @@ def run(options: argparse.Namespace) -> None:
 
     from ..data.loading import create_loader
     from ..data.splits import class_names, load_splits, pick_split, pinned, super_classes
+    from ..ensemble import Ensemble
     from ..hub import load_model
-    from ..training.evaluation import Ensemble, evaluate
+    from ..memory import smaller_batches
+    from ..resolution import Resolution, set_resolution
+    from ..training.evaluation import evaluate
 
     # Build. Whatever is wrong shows here, before anything is computed.
     sources, data = _models_and_data(options)
     _check_options(options)
+    resolution = Resolution.parse(options.resolution) if options.resolution else None
     accelerator = Accelerator(cpu=options.cpu)
     models = [load_model(source) for source in sources]
     keys = dict(input_key=options.input_key, target_key=options.target_key)
@@ -73,38 +109,69 @@ def run(options: argparse.Namespace) -> None:
     split, names = pick_split(splits, options.split, "--split", data), class_names(splits)
     labels = common_classes(sources, models, data, names)
     _check_different(sources, models)
+    if resolution:
+        for source, model in zip(sources, models):
+            set_resolution(model, resolution, source)
     if labels != names:
         split = _relabel(split, names, labels)
     families = super_classes(split)
     ensemble = Ensemble(models, options.flip).to(accelerator.device).eval()
     loader = create_loader(split, ensemble.transform(), options.batch_size, workers=options.workers)
 
-    scores = evaluate(accelerator, ensemble, accelerator.prepare(loader))
-    assert scores.images == len(split), f"{scores.images} of {len(split)} images counted"
+    with smaller_batches(options.batch_size, accelerator.device):
+        scores = evaluate(accelerator, ensemble, accelerator.prepare(loader))
+    assert scores.labels.tolist() == split["label"][:], "every image once, in order"
 
     result = dict(models=sources, data=pinned(data, splits), split=options.split, flip=options.flip)
-    result |= _summary(scores, names, labels, families)
+    result |= dict(resolution=resolution and str(resolution))
+    result |= dict(device=accelerator.device.type, processes=accelerator.num_processes)
+    result |= summarize(scores, names, labels, families)
     if accelerator.is_main_process:
-        print(report(result))
-        if options.json:
-            write_whole(options.json, json.dumps(result, indent=2) + "\n")
+        _write(options, result, scores, split, labels, families)
     accelerator.end_training()
 
 
-def _summary(scores: Scores, names: list[str], labels: list[str], families: dict[str, str] | None) -> dict:
-    """What was measured, for classes `names` of the data among `labels` of the models."""
-    classes = {
-        name: dict(correct=correct, images=images)
-        for name, correct, images in zip(labels, scores.correct.tolist(), scores.counts.tolist())
-        if name in set(names)
-    }
-    return dict(
-        matched_by_name=None if labels == names else dict(classes=len(names), of=len(labels)),
-        images=scores.images,
-        top1=scores.top1,
-        top5=scores.top5,
-        classes=classes,
-        super_classes=families and by_super_class(classes, families),
+def _write(
+    options: argparse.Namespace,
+    result: dict,
+    scores: Scores,
+    split: datasets.Dataset,
+    labels: list[str],
+    families: dict[str, str] | None,
+) -> None:
+    """Write the files asked for, and print the report unless one of them is meant for standard output."""
+    text = report(result)
+    write_text(options.json, json.dumps(result, indent=2) + "\n", "--json")
+    if options.csv:
+        write_text(options.csv, csv_text(picture_rows(scores, split, labels)), "--csv")
+    write_text(options.class_csv, csv_text(class_rows(result, families)), "--class-csv")
+    if options.figure:
+        from ..sheets import confusion_sheet
+
+        shown = [_examples(pair, scores, split, labels) for pair in result["confusions"][:FIGURE_PAIRS]]
+        title = f"Most confused: {' + '.join(result['models'])} on {result['data']}"
+        write_whole(options.figure, confusion_sheet(shown, title, options.figure), "--figure")
+    if STDOUT not in (options.json, options.csv, options.class_csv):
+        print(text)
+
+
+def _examples(pair: dict, scores: Scores, split: datasets.Dataset, labels: list[str]) -> Confusion:
+    """Pictures for a pair of confused classes, those of which the model is most sure first."""
+    from ..sheets import RIGHT, WRONG, Confusion
+
+    label, prediction = labels.index(pair["label"]), labels.index(pair["prediction"])
+    taken, sure = scores.best[:, 0] == prediction, scores.values[:, 0]
+
+    def surest(which: torch.Tensor) -> list[int]:
+        rows = which.nonzero()[:, 0]
+        return rows[sure[rows].argsort(descending=True, stable=True)].tolist()
+
+    wrong, right = surest(taken & (scores.labels == label)), surest(taken & (scores.labels == prediction))
+    pictures = undecoded(split)
+    return Confusion(
+        **pair,
+        wrong=[(decode(pictures[row]["image"]), float(sure[row])) for row in wrong[:WRONG]],
+        right=[decode(pictures[row]["image"]) for row in right[:RIGHT]],
     )
 
 
@@ -149,8 +216,11 @@ def _check_options(options: argparse.Namespace) -> None:
         raise UserError(f"--batch-size must be 1 or more, got {options.batch_size}.")
     if options.workers < 0:
         raise UserError(f"--workers must be 0 or more, got {options.workers}.")
-    if options.json:
-        write_whole(options.json, None)
+    check_outputs(json=options.json, csv=options.csv, class_csv=options.class_csv, figure=options.figure)
+    if options.figure:
+        from ..sheets import check_format
+
+        check_format(options.figure, "--figure")
 
 
 def _check_different(sources: list[str], models: list[nn.Module]) -> None:
@@ -240,43 +310,3 @@ def _relabel(split: datasets.Dataset, names: list[str], labels: list[str]) -> da
 
 def _quoted(name: str | None) -> str:
     return "missing" if name is None else repr(name)
-
-
-def by_super_class(classes: dict[str, dict[str, int]], families: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Sum up classes by their super-class, those of the most classes first, as in Table 10.
-
-    Args:
-        classes: Name -> "correct" and "images".
-        families: Class -> super-class.
-
-    Returns:
-        Super-class -> "classes" and "images", their numbers, and "top1" in percent.
-    """
-    result = {}
-    for family in dict.fromkeys(families.values()):
-        members = [classes[name] for name, above in families.items() if above == family]
-        correct, images = (sum(member[key] for member in members) for key in ("correct", "images"))
-        result[family] = dict(classes=len(members), images=images, top1=100 * correct / images)
-    return dict(sorted(result.items(), key=lambda item: -item[1]["classes"]))
-
-
-def report(result: dict) -> str:
-    """What was measured as text: one line and, where there are super-classes, a table like Table 10."""
-    models = " + ".join(result["models"]) + (" (image and mirror image)" if result["flip"] else "")
-    top5 = "" if result["top5"] is None else f", top-5 {result['top5']:.2f} %"
-    line = f"{models} on {result['data']}, split {result['split']}: {result['images']} images, "
-    line += f"top-1 {result['top1']:.2f} %{top5}"
-    matched = result["matched_by_name"]
-    if matched:
-        line += f"\nclasses matched by name: {matched['classes']} of the model's {matched['of']}"
-    families = result["super_classes"]
-    if not families:
-        return line
-    total = dict(classes=sum(family["classes"] for family in families.values()), images=result["images"])
-    families = families | {"Total": total | dict(top1=result["top1"])}
-    width = max(map(len, ["Super Class", *families]))
-    rows = [
-        f"{name:<{width}}  {family['classes']:>7}  {family['images']:>7}  {family['top1']:>8.2f}"
-        for name, family in families.items()
-    ]
-    return "\n".join([line, "", f"{'Super Class':<{width}}  # Class   images  accuracy", *rows])

@@ -65,6 +65,21 @@ def decode(image: dict | None, decoder: str = "pillow", min_side: int | None = N
         raise UnreadableImage(_reason(error)) from error
 
 
+def convert(image: Image.Image) -> Image.Image:
+    """Bring a picture that Pillow has opened to what `decode` makes of its file: upright, RGB, 8 bits.
+
+    Raises:
+        UnreadableImage: As of `decode`.
+    """
+    try:
+        _check_shape(image)
+        return _upright(image)  # loads the pixels
+    except (UnreadableImage, MemoryError):
+        raise
+    except Exception as error:  # as in `decode`
+        raise UnreadableImage(_reason(error)) from error
+
+
 def open_picture(data: bytes) -> Image.Image:
     """Read what a picture's file says of it, not yet the pixels; only of the formats in `FORMATS`."""
     Image.init()  # or OPEN has the usual ones only
@@ -125,8 +140,7 @@ def _check_shape(image: Image.Image) -> None:
 
 def _with_pillow(image: Image.Image, data: bytes, min_side: int | None) -> Image.Image:
     image.load()
-    turn = _turn(image)
-    return _rgb(image) if turn is None else _rgb(image).transpose(turn)
+    return _upright(image)
 
 
 def _with_simplejpeg(image: Image.Image, data: bytes, min_side: int | None) -> Image.Image | np.ndarray:
@@ -143,6 +157,11 @@ def _with_simplejpeg(image: Image.Image, data: bytes, min_side: int | None) -> I
         return _with_pillow(image, data, min_side)
     turn = _turn(image)
     return array if turn is None else Image.fromarray(array).transpose(turn)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    turn = _turn(image)
+    return _rgb(image) if turn is None else _rgb(image).transpose(turn)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

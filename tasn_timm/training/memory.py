@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..errors import UserError
+from ..memory import lacks_memory
 from ..recipe import Recipe
 from .objective import micro_batch_size
 
@@ -38,9 +39,8 @@ def out_of_memory(recipe: Recipe, accelerator: Accelerator, model: nn.Module, re
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch has no class of its own for a CPU
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not known and "DefaultCPUAllocator" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
             raise
         processes = accelerator.num_processes
         batch_size = recipe.batch_size // (processes * recipe.grad_accum_steps)
