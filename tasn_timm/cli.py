@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .commands import check_data, evaluate, export, prepare, publish, recipes, run
+from .commands import check_data, evaluate, export, prepare, publish, recipes, run, visualize
 from .errors import UserError
 
 COMMANDS = {
@@ -15,6 +15,7 @@ COMMANDS = {
     "publish": publish,
     "recipes": recipes,
     "run": run,
+    "visualize": visualize,
 }
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import UserError
@@ -35,6 +36,27 @@ def write_whole(path: Path, text: str | None) -> None:
         raise UserError(
             f"--json {str(path)!r} cannot be written ({error}): give a file in an existing folder."
         ) from error
+    finally:
+        with contextlib.suppress(OSError):  # it was moved, or never there
+            aside.unlink()
+
+
+@contextlib.contextmanager
+def completing(path: Path) -> Iterator[Path]:
+    """Give a file beside `path` to write to, which takes its name at the end of the block if nothing went wrong.
+
+    Raises:
+        UserError: It cannot be written; before the block where that shows already.
+    """
+    aside = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"{str(path)!r} is a folder")
+        aside.touch()
+        yield aside
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be written ({error}): give a file in an existing folder.") from error
     finally:
         with contextlib.suppress(OSError):  # it was moved, or never there
             aside.unlink()
