@@ -4,11 +4,12 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .commands import check_data, evaluate, export, prepare, publish, recipes, run, visualize
+from .commands import check_data, demo, evaluate, export, prepare, publish, recipes, run, visualize
 from .errors import UserError
 
 COMMANDS = {
     "check-data": check_data,
+    "demo": demo,
     "evaluate": evaluate,
     "export": export,
     "prepare": prepare,
