@@ -4,12 +4,25 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .commands import benchmark, check_data, evaluate, export, predict, prepare, publish, recipes, run
+from .commands import (
+    benchmark,
+    check_data,
+    demo,
+    evaluate,
+    export,
+    predict,
+    prepare,
+    publish,
+    recipes,
+    run,
+    visualize,
+)
 from .errors import UserError
 
 COMMANDS = {
     "benchmark": benchmark,
     "check-data": check_data,
+    "demo": demo,
     "evaluate": evaluate,
     "export": export,
     "predict": predict,
@@ -17,6 +30,7 @@ COMMANDS = {
     "publish": publish,
     "recipes": recipes,
     "run": run,
+    "visualize": visualize,
 }
 
 EXAMPLES = """examples:

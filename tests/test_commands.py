@@ -45,7 +45,14 @@ def test_help_says_what_a_command_does_with_an_example(name, capsys):
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_options_have_one_meaning_and_a_text(name):
-    meanings = {"--json": Path, "--csv": Path, "--figure": Path, "--panel": Path, "--workers": int, "--batch-size": int}
+    meanings = {
+        "--json": Path,
+        "--csv": Path,
+        "--confusions": Path,
+        "--panel": Path,
+        "--workers": int,
+        "--batch-size": int,
+    }
     parser = cli._Parser()
     cli.COMMANDS[name].add_arguments(parser)
     for action in parser._actions:

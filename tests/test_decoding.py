@@ -17,6 +17,7 @@ from tasn_timm.data.decoding import (
     ORIENTATION,
     UnreadableImage,
     check_decoder,
+    claimed_size,
     decode,
     read,
 )
@@ -371,3 +372,12 @@ def test_a_picture_that_is_a_program_is_not_run(decoder, monkeypatch):
     Image.new("RGB", (4, 4)).save(file, "EPS")
     with pytest.raises(UnreadableImage, match="not an image, or of a format"):
         decode(dict(bytes=file.getvalue(), path=None), decoder)
+
+
+def test_the_size_that_a_file_claims_is_read_without_decoding_it():
+    whole = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(whole, "PNG")
+    assert claimed_size(whole.getvalue()) == (40, 30)
+    assert claimed_size(whole.getvalue()[:50]) == (40, 30), "its pixels are cut off"
+    with pytest.raises(UnreadableImage, match="not an image"):
+        claimed_size(b"no picture")

@@ -248,7 +248,7 @@ def test_super_classes_sum_up_their_classes(command, measure, tmp_path, species)
 def test_without_super_classes_and_mistakes_the_report_is_short(command, tmp_path, image_folder):
     folder = constant(tmp_path / "best", [9.0, 0.0, 0.0], image_folder)
     shutil.copytree(image_folder / "test" / "blue", tmp_path / "data" / "test" / "blue")
-    code, out, _ = command("evaluate", folder, tmp_path / "data", "--flip", "--figure", tmp_path / "x.png")
+    code, out, _ = command("evaluate", folder, tmp_path / "data", "--flip", "--confusions", tmp_path / "x.png")
     assert code == 0 and (tmp_path / "x.png").is_file()
     head, *_, classes = out.strip().split("\n\n")
     assert head.splitlines() == [
@@ -341,7 +341,7 @@ def test_the_figure_shows_the_surest_mistakes(command, tmp_path, image_folder, m
     with torch.no_grad():
         model.get_classifier().weight[0] = 0.05 * torch.randn(model.num_features)
     save_folder(model, folder, label_names=COLOURS, data_config=model.pretrained_cfg, dataset=str(image_folder))
-    code, _, err = command("evaluate", folder, "--figure", tmp_path / "x.png", "--csv", tmp_path / "x.csv")
+    code, _, err = command("evaluate", folder, "--confusions", tmp_path / "x.png", "--csv", tmp_path / "x.csv")
     assert code == 0, err
     assert (tmp_path / "x.png").read_bytes() == b"drawn"
     rows = list(csv.DictReader((tmp_path / "x.csv").open(newline="")))
@@ -357,7 +357,7 @@ def test_the_figure_shows_the_surest_mistakes(command, tmp_path, image_folder, m
 
 def test_a_figure_is_drawn(command, tmp_path, image_folder):
     folder = constant(tmp_path / "best", [1.0, 0.0, 0.0], image_folder)
-    assert command("evaluate", folder, "--figure", tmp_path / "x.png")[0] == 0
+    assert command("evaluate", folder, "--confusions", tmp_path / "x.png")[0] == 0
     pixels = np.asarray(PILImage.open(tmp_path / "x.png").convert("RGB")).astype(int)
     shares = [(pixels[..., channel] > pixels.sum(2) * 0.55).mean() for channel in range(3)]
     assert shares[0] == pytest.approx(shares[1], rel=0.1), "four red and four green pictures"
@@ -540,7 +540,7 @@ def test_scores_count_classes_and_tell_top5_only_beyond_5():
         (["evaluate", "{best}", "--json", "{photos}"], "is a folder"),
         (["evaluate", "{best}", "--csv", "/no/x.csv"], "--csv '/no/x.csv' cannot be written (No such file"),
         (["evaluate", "{best}", "--class-csv", "/proc/x.csv"], "--class-csv '/proc/x.csv' cannot be written"),
-        (["evaluate", "{best}", "--figure", "x.txt"], "unknown format of --figure 'x.txt', the ending '.txt'"),
+        (["evaluate", "{best}", "--confusions", "x.txt"], "unknown format of --confusions 'x.txt', the ending '.txt'"),
         (["evaluate", "{best}", "--csv", "x.csv", "--class-csv", "x.csv"], "name the same file"),
         (["evaluate", "{best}", "--resolution", "big"], "--resolution takes INPUT or INPUT:SAMPLED in pixels"),
         (["evaluate", "{best}", "--resolution", "64:32"], "'{best}' samples nothing: give --resolution 64"),

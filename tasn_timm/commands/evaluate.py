@@ -33,7 +33,7 @@ USAGE = """python -m tasn_timm evaluate MODEL [DATA] [options]
        python -m tasn_timm evaluate [DATA] --ensemble MODEL MODEL [MODEL ...] [options]"""
 EXAMPLES = """examples:
   python -m tasn_timm evaluate tasn_tiny                              # the dataset that it was trained on
-  python -m tasn_timm evaluate runs/cub photos/ --flip --csv predictions.csv --figure confusions.png
+  python -m tasn_timm evaluate runs/cub photos/ --flip --csv predictions.csv --confusions pairs.png
   python -m tasn_timm evaluate runs/cub --resolution 640 --json - | jq .top1
   python -m tasn_timm evaluate photos/ --ensemble runs/cub runs/cub-1 runs/cub-2
   accelerate launch --multi_gpu --num_processes 8 -m tasn_timm evaluate runs/inat"""
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--csv", type=Path, metavar="FILE", help="write a table of predictions, a row for each picture")
     add("--class-csv", type=Path, metavar="FILE", help="write a table of classes, a row for each")
     add(
-        "--figure",
+        "--confusions",
         type=Path,
         metavar="FILE",
         help=f"draw examples of the {FIGURE_PAIRS} pairs of classes confused most (.png, .jpg, .pdf or .svg)",
@@ -145,12 +145,12 @@ def _write(
     if options.csv:
         write_text(options.csv, csv_text(picture_rows(scores, split, labels)), "--csv")
     write_text(options.class_csv, csv_text(class_rows(result, families)), "--class-csv")
-    if options.figure:
+    if options.confusions:
         from ..sheets import confusion_sheet
 
         shown = [_examples(pair, scores, split, labels) for pair in result["confusions"][:FIGURE_PAIRS]]
         title = f"Most confused: {' + '.join(result['models'])} on {result['data']}"
-        write_whole(options.figure, confusion_sheet(shown, title, options.figure), "--figure")
+        write_whole(options.confusions, confusion_sheet(shown, title, options.confusions), "--confusions")
     if STDOUT not in (options.json, options.csv, options.class_csv):
         print(text)
 
@@ -216,11 +216,11 @@ def _check_options(options: argparse.Namespace) -> None:
         raise UserError(f"--batch-size must be 1 or more, got {options.batch_size}.")
     if options.workers < 0:
         raise UserError(f"--workers must be 0 or more, got {options.workers}.")
-    check_outputs(json=options.json, csv=options.csv, class_csv=options.class_csv, figure=options.figure)
-    if options.figure:
+    check_outputs(json=options.json, csv=options.csv, class_csv=options.class_csv, confusions=options.confusions)
+    if options.confusions:
         from ..sheets import check_format
 
-        check_format(options.figure, "--figure")
+        check_format(options.confusions, "--confusions")
 
 
 def _check_different(sources: list[str], models: list[nn.Module]) -> None:

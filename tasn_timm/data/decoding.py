@@ -86,6 +86,19 @@ def open_picture(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
 
 
+def claimed_size(data: bytes) -> tuple[int, int]:
+    """Read the width and height that a picture's file says it has, in pixels, before anything is decoded.
+
+    Raises:
+        UnreadableImage: No picture, or more pixels than Pillow's limit.
+    """
+    try:
+        with open_picture(data) as opened:
+            return opened.size
+    except Exception as error:  # as in `decode`
+        raise UnreadableImage(_reason(error)) from error
+
+
 def read(image: dict | None) -> bytes:
     """Read a picture's file, which need not be a picture.
 
