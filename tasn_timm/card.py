@@ -131,9 +131,12 @@ def _figure(file: str) -> str:
 def _results(model: nn.Module, measured: Measured, context: Context) -> str:
     accuracy = ", ".join(f"{name} {value:.2f} %" for name, value in measured.metrics.items())
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    figures = {}  # the same one may be in several tables
+    for row in context.paper:
+        figures.setdefault(row.top1, []).append(f"Table {row.table}, {row.row}")
     paper = "".join(
-        f"\n- The paper reports {row.top1:.1f} % (Table {row.table}, {row.row}); measured here: {measured.top1:.1f} %."
-        for row in context.paper
+        f"\n- The paper reports {top1:.1f} % ({'; '.join(rows)}); measured here: {measured.top1:.1f} %."
+        for top1, rows in figures.items()
     )
     return f"""| split | images | accuracy | parameters | GFLOPs an image |
 |---|---|---|---|---|

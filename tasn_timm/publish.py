@@ -16,18 +16,20 @@ from PIL import Image
 from torch import nn
 
 from .card import Context, Measured, model_card
+from .data.sources import BUILT_IN
 from .data.synthbirds import draw
 from .errors import UserError
 from .hub import load_model
 from .hub_config import HUB_CONFIGS, PICTURE, HubConfig, Training
 from .hub_errors import LOG_IN, problem, reason_of
-from .recipe import FREE_OPTIONS, RECIPES, Recipe, load_recipe, save_recipe
+from .recipe import FREE_OPTIONS, RECIPES, PaperRow, Recipe, load_recipe, save_recipe
 from .recipe_cards import recipe_cards
 from .tasn import TASN
 from .visualize import attention_panels
 from .weights import CONFIG, WEIGHTS, weights_in
 
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
+PINNED = re.compile(rf"({REPO.pattern})@([0-9a-f]{{40}})")  # as `data.splits.pinned` names data of the Hub
 FIGURE = "attention.png"
 PERSONAL = (*FREE_OPTIONS, "data", "seed", "cpu")  # options that two runs of one recipe may have otherwise
 
@@ -40,15 +42,64 @@ class FinishedRun(NamedTuple):
     recipe: Recipe
     config: dict[str, Any]  # of best/
     test: dict[str, float]  # what was measured at the end
-    differences: list[str]  # from the package's recipe of that name; of any other one none are known
 
     @property
     def dataset(self) -> tuple[str | None, str | None, str]:
-        """Id on the Hub or built-in name, commit, and a name to show; a folder's path is nobody's business."""
-        name, _, revision = self.recipe.data.partition("@")
-        if Path(name).exists() or not (REPO.fullmatch(name) or re.fullmatch(r"\w+", name)):
-            return None, None, Path(name).name
-        return name, revision or None, name
+        """Id on the Hub or built-in name, commit, and a name to show.
+
+        A run names data of the Hub with its commit, so "user/name" alone is a folder, and its path nobody's business.
+        """
+        if on_hub := PINNED.fullmatch(self.recipe.data):
+            return on_hub[1], on_hub[2], on_hub[1]
+        if self.recipe.data in BUILT_IN:
+            return self.recipe.data, None, self.recipe.data
+        return None, None, Path(self.recipe.data).name or "a folder"
+
+    @property
+    def public_recipe(self) -> Recipe:
+        """The recipe with names in the place of this machine's paths."""
+        dataset, _, shown = self.dataset
+        model, compare = self.recipe.model, self.recipe.compare
+        if model.startswith("local-dir:"):
+            model = f"local-dir:{Path(model.removeprefix('local-dir:')).name}"
+        return replace(
+            self.recipe,
+            data=self.recipe.data if dataset else shown,
+            model=model,
+            compare=compare and Path(compare).name,
+            output="runs",
+        )
+
+    @property
+    def differences(self) -> list[str]:
+        """What is not as the package's recipe of that name has it, as text; of any other recipe nothing is known."""
+        ours = self.package_recipe
+        if ours is None:
+            return []
+        recipe, is_same = self.public_recipe, self._is_data_of(ours)
+        personal = set(PERSONAL) if is_same else {*PERSONAL, "num_classes"}
+        different = [] if is_same else [f"other data ({self.dataset[2]})"]
+        for option, value in asdict(recipe).items():
+            if option not in personal and value != getattr(ours, option):
+                different.append(f"{option} {value} (there {getattr(ours, option)})")
+        return different
+
+    @property
+    def package_recipe(self) -> Recipe | None:
+        """The package's recipe of that name, if there is one."""
+        return load_recipe(self.name, {}) if (RECIPES / f"{self.name}.yaml").is_file() else None
+
+    @property
+    def paper(self) -> list[PaperRow]:
+        """Figures of the paper for one model and one crop, where the test was on the paper's pictures."""
+        ours = self.package_recipe
+        if ours is None or not self._is_data_of(ours) or self.recipe.test_split != ours.test_split:
+            return []
+        rows = (row for card in recipe_cards() if card.name == self.name for row in card.paper)
+        return [row for row in rows if row.top1 is not None and row.ensemble == 1 and not row.flip]
+
+    def _is_data_of(self, other: Recipe) -> bool:
+        return self.dataset[0] == other.data
 
 
 def read_run(folder: Path) -> FinishedRun:
@@ -71,7 +122,7 @@ def read_run(folder: Path) -> FinishedRun:
     config = json.loads((folder / "best" / CONFIG).read_text())
     recipe = load_recipe(str(recipe_file), {})
     name = (config.get("tasn") or {}).get("recipe") or folder.name
-    return FinishedRun(name, folder, recipe, config, last["test"], _differences(name, recipe))
+    return FinishedRun(name, folder, recipe, config, last["test"])
 
 
 def build_repository(
@@ -98,9 +149,7 @@ def build_repository(
     shutil.copyfile(run.folder / "best" / WEIGHTS, target / WEIGHTS)
     training = run.config["tasn"] | dict(dataset=dataset, dataset_revision=revision)
     _write_json(target / CONFIG, run.config | dict(tasn=training))
-    save_recipe(
-        replace(run.recipe, data=shown if dataset is None else run.recipe.data, output="runs"), target / "recipe.yaml"
-    )
+    save_recipe(run.public_recipe, target / "recipe.yaml")
     measured = Measured(
         dataset=shown,
         split=run.recipe.test_split,
@@ -120,7 +169,7 @@ def build_repository(
         license=license or model.pretrained_cfg.get("license"),
         figure=figure,
         differences=run.differences,
-        paper=[row for row in _paper_rows(run.name) if row.ensemble == 1 and not row.flip],
+        paper=run.paper,
     )
     (target / "README.md").write_text(model_card(model, measured, context), encoding="utf-8")
     _write_json(target / "eval_results.json", asdict(measured) | dict(differences=run.differences))
@@ -233,22 +282,6 @@ def patch(before: HubConfig, after: HubConfig) -> str:
     path = f"hub_configs/{before.name}.json"
     lines = [(json.dumps(asdict(config), indent=2) + "\n").splitlines(keepends=True) for config in (before, after)]
     return "".join(difflib.unified_diff(*lines, f"a/{path}", f"b/{path}"))
-
-
-def _differences(name: str, recipe: Recipe) -> list[str]:
-    if not (RECIPES / f"{name}.yaml").is_file():
-        return []
-    ours = load_recipe(name, {})
-    personal = {*PERSONAL, "num_classes"} if recipe.data != ours.data else set(PERSONAL)
-    different = [f"data {Path(recipe.data).name}"] if recipe.data.partition("@")[0] != ours.data else []
-    for option, value in asdict(recipe).items():
-        if option not in personal and value != getattr(ours, option):
-            different.append(f"{option} {value} (there {getattr(ours, option)})")
-    return different
-
-
-def _paper_rows(name: str) -> list:
-    return [row for card in recipe_cards() if card.name == name for row in card.paper if row.top1 is not None]
 
 
 def _draw(model: nn.Module, run: FinishedRun, example: Path | None, target: Path) -> str | None:
