@@ -53,7 +53,7 @@ class Context:
         revision: Of that dataset, a commit.
         license: Of the weights, as the Hub names licences; None where nobody said.
         figure: File of a figure in the same folder; None for none.
-        differences: Options that differ from the named recipe's, as text.
+        differences: In what the training was not the named recipe, as text.
         paper: Rows of the paper that the recipe is for.
     """
 
@@ -161,7 +161,7 @@ model.pretrained_cfg["label_names"][logits.argmax()]
 
 
 def _training(measured: Measured, context: Context) -> str:
-    other = f" with other options: {', '.join(context.differences)}" if context.differences else ""
+    other = f", except: {', '.join(context.differences)}" if context.differences else ""
     return f"""## Training
 
 Recipe `{measured.recipe}`{other}. Every option as used is in `recipe.yaml`. Command:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from huggingface_hub import CommitInfo, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
@@ -16,113 +16,19 @@ from PIL import Image
 from torch import nn
 
 from .card import Context, Measured, model_card
-from .data.sources import BUILT_IN
 from .data.synthbirds import draw
 from .errors import UserError
+from .finished_run import FinishedRun
 from .hub import load_model
 from .hub_config import HUB_CONFIGS, PICTURE, HubConfig, Training
 from .hub_errors import LOG_IN, problem, reason_of
-from .recipe import FREE_OPTIONS, RECIPES, PaperRow, Recipe, load_recipe, save_recipe
-from .recipe_cards import recipe_cards
+from .recipe import save_recipe
 from .tasn import TASN
 from .visualize import attention_panels
-from .weights import CONFIG, WEIGHTS, weights_in
+from .weights import CONFIG, WEIGHTS
 
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
-PINNED = re.compile(rf"({REPO.pattern})@([0-9a-f]{{40}})")  # as `data.splits.pinned` names data of the Hub
 FIGURE = "attention.png"
-PERSONAL = (*FREE_OPTIONS, "data", "seed", "cpu")  # options that two runs of one recipe may have otherwise
-
-
-class FinishedRun(NamedTuple):
-    """What training has left, to be published."""
-
-    name: str  # of the recipe
-    folder: Path
-    recipe: Recipe
-    config: dict[str, Any]  # of best/
-    test: dict[str, float]  # what was measured at the end
-
-    @property
-    def dataset(self) -> tuple[str | None, str | None, str]:
-        """Id on the Hub or built-in name, commit, and a name to show.
-
-        A run names data of the Hub with its commit, so "user/name" alone is a folder, and its path nobody's business.
-        """
-        if on_hub := PINNED.fullmatch(self.recipe.data):
-            return on_hub[1], on_hub[2], on_hub[1]
-        if self.recipe.data in BUILT_IN:
-            return self.recipe.data, None, self.recipe.data
-        return None, None, Path(self.recipe.data).name or "a folder"
-
-    @property
-    def public_recipe(self) -> Recipe:
-        """The recipe with names in the place of this machine's paths."""
-        dataset, _, shown = self.dataset
-        model, compare = self.recipe.model, self.recipe.compare
-        if model.startswith("local-dir:"):
-            model = f"local-dir:{Path(model.removeprefix('local-dir:')).name}"
-        return replace(
-            self.recipe,
-            data=self.recipe.data if dataset else shown,
-            model=model,
-            compare=compare and Path(compare).name,
-            output="runs",
-        )
-
-    @property
-    def differences(self) -> list[str]:
-        """What is not as the package's recipe of that name has it, as text; of any other recipe nothing is known."""
-        ours = self.package_recipe
-        if ours is None:
-            return []
-        recipe, is_same = self.public_recipe, self._is_data_of(ours)
-        personal = set(PERSONAL) if is_same else {*PERSONAL, "num_classes"}
-        different = [] if is_same else [f"other data ({self.dataset[2]})"]
-        for option, value in asdict(recipe).items():
-            if option not in personal and value != getattr(ours, option):
-                different.append(f"{option} {value} (there {getattr(ours, option)})")
-        return different
-
-    @property
-    def package_recipe(self) -> Recipe | None:
-        """The package's recipe of that name, if there is one."""
-        return load_recipe(self.name, {}) if (RECIPES / f"{self.name}.yaml").is_file() else None
-
-    @property
-    def paper(self) -> list[PaperRow]:
-        """Figures of the paper for one model and one crop, where the test was on the paper's pictures."""
-        ours = self.package_recipe
-        if ours is None or not self._is_data_of(ours) or self.recipe.test_split != ours.test_split:
-            return []
-        rows = (row for card in recipe_cards() if card.name == self.name for row in card.paper)
-        return [row for row in rows if row.top1 is not None and row.ensemble == 1 and not row.flip]
-
-    def _is_data_of(self, other: Recipe) -> bool:
-        return self.dataset[0] == other.data
-
-
-def read_run(folder: Path) -> FinishedRun:
-    """Read the folder of a run that has ended with its test.
-
-    Raises:
-        UserError: It is none, its training has not ended, nothing was tested, or its weights are damaged.
-    """
-    recipe_file, metrics = folder / "recipe.yaml", folder / "metrics.jsonl"
-    if not (folder / "best" / CONFIG).is_file() or not recipe_file.is_file() or not metrics.is_file():
-        raise UserError(f"{str(folder)!r} is no folder of a run with best/, recipe.yaml and metrics.jsonl: give one.")
-    lines = metrics.read_text().splitlines()
-    last = json.loads(lines[-1]) if lines else {}
-    if "test" not in last:
-        raise UserError(
-            f"run {str(folder)!r} has no final evaluation, and a model is published with one: let it end (--resume "
-            f"auto), on data with a test split."
-        )
-    weights_in(folder / "best")
-    config = json.loads((folder / "best" / CONFIG).read_text())
-    recipe = load_recipe(str(recipe_file), {})
-    name = (config.get("tasn") or {}).get("recipe") or folder.name
-    return FinishedRun(name, folder, recipe, config, last["test"])
 
 
 def build_repository(
@@ -131,7 +37,7 @@ def build_repository(
     """Write what is published into a new folder: weights, config.json, card, recipe, results and a figure.
 
     Args:
-        run: From `read_run`.
+        run: From `finished_run.read_run`.
         target: The folder.
         repo: "user/name", for the card.
         license: Of the weights; None: that of those from which it started, if any.
@@ -249,9 +155,12 @@ def upload(folder: Path, repo: str, private: bool, title: str) -> Published:
 
 
 def config_of(run: FinishedRun) -> HubConfig | None:
-    """The file of hub_configs/ that a run's model is for; None where there is none, or other options were used."""
+    """The file of hub_configs/ that a run's model is for; None where there is none, or the run was not its recipe's.
+
+    What ships with the package is no run's: it loads without a network.
+    """
     configs = (HubConfig.read(path) for path in sorted(HUB_CONFIGS.glob("*.json")))
-    found = [config for config in configs if config.tasn.recipe == run.name]
+    found = [config for config in configs if config.tasn.recipe == run.name and not config.shipped]
     return found[0] if found and not run.differences else None
 
 
@@ -271,7 +180,7 @@ def updated(config: HubConfig, run: FinishedRun, published: Published) -> HubCon
     return replace(
         config,
         num_classes=saved["num_classes"],
-        model_args=saved["model_args"],
+        model_args=saved["model_args"] | config.model_args,
         pretrained_cfg=config.pretrained_cfg | cfg,
         tasn=Training(**tasn),
     )

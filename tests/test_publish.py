@@ -16,11 +16,12 @@ from huggingface_hub import ModelCard
 from loopback_hub import READ_TOKEN, WRITE_TOKEN, Fault, LoopbackHub, connect, environment
 from PIL import Image
 from safetensors.torch import load_file
-from training_runs import SMALL, train_accelerate
+from training_runs import SMALL, train_accelerate, tree
 
 import tasn_timm
 from tasn_timm import cli, publish
 from tasn_timm.errors import run_command
+from tasn_timm.finished_run import read_run
 from tasn_timm.hub import load_model, save_folder, trained_on
 from tasn_timm.hub_config import HUB_CONFIGS, HubConfig
 from tasn_timm.recipe import load_recipe, save_recipe
@@ -79,10 +80,14 @@ def birds(tmp_path) -> Path:
         model, folder / "best", label_names=names, data_config=config, recipe="synthbirds", dataset="synthbirds"
     )
     save_recipe(load_recipe("synthbirds", {}), folder / "recipe.yaml")
-    (folder / "metrics.jsonl").write_text(
-        json.dumps(dict(step=1, test=dict(top1=91.67, top5=99.48, images=960))) + "\n"
-    )
+    end(folder)
     return folder
+
+
+def end(run: Path, **how) -> None:
+    """Write the last line of a run."""
+    line = dict(step=1440, planned_steps=1440, inexact=[], test=dict(top1=91.67, top5=99.48, images=960))
+    (run / "metrics.jsonl").write_text(json.dumps(line | how) + "\n")
 
 
 def the_line(err: str) -> str:
@@ -193,8 +198,49 @@ def test_the_papers_figure_is_beside_ours_and_other_options_are_named(hub, comma
     text = hub.repo("me/birds", "model").find().files["README.md"].decode()
     rows = "Table 4, TASN, 224; Table 3, our sampler, TASN; Table 5, TASN, 224"
     assert f"The paper reports 87.0 % ({rows}); measured here: 91.7 %." in text and text.count("87.0") == 1
-    assert "Recipe `cub200_resnet50_224` with other options: lr 0.2 (there 0.1)." in text
+    assert "Recipe `cub200_resnet50_224`, except: lr 0.2 (there 0.1)." in text
     assert "to make it" not in out, "not the model of the recipe"
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (dict(step=2), "ended after 2 of 1440 steps"),
+        (
+            dict(inexact=[dict(lr=[0.1, 0.2], data=["/home/me", "/home/you"]), dict(processes=[1, 8])]),
+            "resumed with other settings (lr 0.1, then 0.2, other data), resumed with other settings (processes 1, "
+            "then 8)",
+        ),
+    ],
+)
+def test_what_did_not_train_as_its_recipe_says_is_told_and_is_not_the_named_model(hub, command, birds, how, message):
+    end(birds, **how)
+    code, out, err = command(birds, "--repo", "me/birds")
+    assert code == 0 and "to make it" not in out, err
+    files = hub.repo("me/birds", "model").find().files
+    assert f"Recipe `synthbirds`, except: {message}." in files["README.md"].decode()
+    assert ", ".join(json.loads(files["eval_results.json"])["differences"]) == message
+    code, _, err = command(birds, "--repo", "me/birds", "--write-config")
+    assert code == 2 and f"of recipe 'synthbirds', except: {message}" in the_line(err)
+
+
+def test_a_run_that_was_cut_short_says_so_whatever_its_recipe(command, run):
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1])
+    assert last["step"] == last["planned_steps"] == 3 and last["inexact"] == []
+    (run / "metrics.jsonl").write_text(json.dumps(last | dict(step=2)) + "\n")
+    code, out, err = command(run, "--repo", "me/birds", "--dry-run")
+    assert code == 0 and "Recipe `small`, except: ended after 2 of 3 steps." in out, err
+
+
+def test_what_accelerate_was_configured_for_is_an_option_of_the_run(birds):
+    for used, expected in (
+        (dict(mixed_precision="no", torchcompile="no"), []),
+        (dict(mixed_precision="bf16", torchcompile="no"), ["mixed_precision bf16 (there None)"]),
+        (dict(mixed_precision="no", torchcompile="inductor"), ["torchcompile inductor (there None)"]),
+    ):
+        retold(birds, **used)
+        assert read_run(birds).differences == expected
 
 
 @pytest.mark.parametrize("options", [dict(data="/home/me/cub200"), dict(test_split="validation")])
@@ -207,7 +253,7 @@ def test_the_papers_figure_is_not_beside_what_was_measured_on_other_data(hub, co
     text = hub.repo("me/birds", "model").find().files["README.md"].decode()
     assert "The paper reports" not in text and "87.0" not in text
     different = "other data (cub200)" if "data" in options else "test_split validation (there test)"
-    assert f"Recipe `cub200_resnet50_224` with other options: {different}." in text
+    assert f"Recipe `cub200_resnet50_224`, except: {different}." in text
 
 
 def test_a_dataset_of_the_hub_is_named_with_its_commit(hub, command, run):
@@ -351,56 +397,85 @@ def checkout(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def test_the_patch_makes_it_a_named_model(hub, command, birds, checkout, tmp_path):
-    code, out, err = command(birds, "--repo", "me/birds")
-    assert code == 0, err
-    before = (checkout / "hub_configs/tasn_tiny.synthbirds.json").read_text()
-    (checkout / "change.patch").write_text(out[out.index("--- a/") :].rstrip("\n") + "\n")
-    subprocess.run(["git", "apply", "--unsafe-paths", "change.patch"], cwd=checkout, check=True)
-    patched = (checkout / "hub_configs/tasn_tiny.synthbirds.json").read_text()
-    (checkout / "hub_configs/tasn_tiny.synthbirds.json").write_text(before)
-    code, out, err = command(birds, "--repo", "me/birds", "--write-config")
-    assert code == 0 and "written: hub_configs/tasn_tiny.synthbirds.json" in out, err
-    assert (checkout / "hub_configs/tasn_tiny.synthbirds.json").read_text() == patched != before
-    config = HubConfig.read(checkout / "hub_configs/tasn_tiny.synthbirds.json")
-    repo = hub.repo("me/birds", "model")
-    assert (config.tasn.repo_id, config.tasn.commit) == ("me/birds", repo.find().id)
-    assert config.tasn.measured_top1 == 91.67
+@pytest.fixture
+def waiting(checkout) -> Path:
+    """The file of a checkpoint that nobody has published, of the recipe synthbirds."""
+    shipped = HubConfig.read(checkout / "hub_configs/tasn_tiny.synthbirds.json")
+    unknown = dict(measured_top1=None, sha256=None)
+    config = dataclasses.replace(
+        shipped,
+        tag="birds",
+        pretrained_cfg=shipped.pretrained_cfg | dict(label_names=None),
+        tasn=dataclasses.replace(shipped.tasn, **unknown),
+    )
+    config.write(checkout / "hub_configs/tasn_tiny.birds.json")
+    return checkout / "hub_configs/tasn_tiny.birds.json"
 
-    # The named model comes from the Hub then, and is checked.
-    (checkout / "hub_configs/tasn_tiny.synthbirds.safetensors").unlink()
-    code = (
-        "import timm, tasn_timm; print(tasn_timm.__file__); "
-        "print(float(timm.create_model('tasn_tiny.synthbirds', pretrained=True).heads.shared.weight.sum()))"
+
+def in_checkout(checkout: Path, code: str, **variables: str) -> subprocess.CompletedProcess:
+    """Run Python with the package of a checkout."""
+    path = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, "-c", f"import timm, tasn_timm; print(tasn_timm.__file__); {code}"],
+        env=os.environ | dict(PYTHONPATH=path) | variables,
+        cwd=checkout.parent,
+        capture_output=True,
+        text=True,
     )
 
-    def load() -> subprocess.CompletedProcess:
-        extra = environment(hub, tmp_path / "other") | dict(PYTHONPATH=str(checkout))
-        return subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | extra, cwd=tmp_path, capture_output=True, text=True
-        )
 
-    loaded = load()
+def test_the_patch_makes_it_a_named_model(hub, command, birds, checkout, waiting, tmp_path):
+    code, out, err = command(birds, "--repo", "me/birds")
+    assert code == 0, err
+    before = waiting.read_text()
+    (checkout / "change.patch").write_text(out[out.index("--- a/") :].rstrip("\n") + "\n")
+    subprocess.run(["git", "apply", "--unsafe-paths", "change.patch"], cwd=checkout, check=True)
+    patched = waiting.read_text()
+    waiting.write_text(before)
+    code, out, err = command(birds, "--repo", "me/birds", "--write-config")
+    assert code == 0 and "written: hub_configs/tasn_tiny.birds.json" in out, err
+    assert waiting.read_text() == patched != before
+    config, repo = HubConfig.read(waiting), hub.repo("me/birds", "model")
+    assert (config.tasn.repo_id, config.tasn.commit) == ("me/birds", repo.find().id)
+    assert config.tasn.measured_top1 == 91.67
+    assert config.model_args.items() >= json.loads(before)["model_args"].items(), "still complete"
+
+    # The named model comes from the Hub then, and is checked.
+    total = "print(float(timm.create_model('tasn_tiny.birds', pretrained=True).heads.shared.weight.sum()))"
+    elsewhere = environment(hub, tmp_path / "other")
+    loaded = in_checkout(checkout, total, **elsewhere)
     assert loaded.returncode == 0, loaded.stderr
-    file, total = loaded.stdout.split()
+    file, total_there = loaded.stdout.split()
     assert Path(file).is_relative_to(checkout)
-    assert float(total) == float(load_file(birds / "best/model.safetensors")["heads.shared.weight"].sum())
+    assert float(total_there) == float(load_file(birds / "best/model.safetensors")["heads.shared.weight"].sum())
     content = bytearray(repo.find().files["model.safetensors"])
     content[-1] ^= 1
     shutil.rmtree(tmp_path / "other")
     hub.fault = lambda method, path: (
         Fault(flip=len(content) - 1) if method == "GET" and path.endswith("safetensors") else None
     )
-    damaged = load()
+    damaged = in_checkout(checkout, total, **elsewhere)
     assert damaged.returncode == 1 and "has other weights than its description says" in damaged.stderr.splitlines()[-1]
 
 
-def test_write_config_is_for_recipes_of_hub_configs(hub, command, run, birds, checkout):
+def test_what_ships_with_the_package_stays_what_it_is(hub, command, birds, checkout, tmp_path):
+    before = tree(checkout / "hub_configs")
+    code, out, err = command(birds, "--repo", "me/birds")
+    assert code == 0 and "to make it" not in out, err
+    code, _, err = command(birds, "--repo", "me/birds", "--write-config")
+    assert code == 2 and "no file in hub_configs/ is for weights of recipe 'synthbirds'" in the_line(err)
+    assert tree(checkout / "hub_configs") == before
+    code = "timm.create_model('tasn_tiny.synthbirds', pretrained=True)"
+    offline = in_checkout(checkout, code, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "empty"))
+    assert offline.returncode == 0, offline.stderr
+
+
+def test_write_config_is_for_recipes_of_hub_configs(hub, command, run, birds, waiting):
     code, _, err = command(run, "--repo", "me/birds", "--write-config")
-    assert code == 2 and "--write-config: recipe 'small' has no file in hub_configs/ (none is for it)" in the_line(err)
+    assert code == 2 and "no file in hub_configs/ is for weights of recipe 'small': leave it out." in the_line(err)
     save_recipe(dataclasses.replace(load_recipe("synthbirds", {}), epochs=20), birds / "recipe.yaml")
     code, _, err = command(birds, "--repo", "me/birds", "--write-config")
-    assert code == 2 and "(its options differ: epochs 20 (there 16))" in the_line(err)
+    assert code == 2 and "of recipe 'synthbirds', except: epochs 20 (there 16)." in the_line(err)
     assert not hub.repos
 
 

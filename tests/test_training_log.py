@@ -66,10 +66,11 @@ def recorders(monkeypatch) -> list[Recorder]:
 
 
 def flat(values: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Without lists, which are no numbers to draw."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{name}/")
-        elif value is not None:
+        elif value is not None and not isinstance(value, list):
             yield prefix + name, value
 
 

@@ -42,7 +42,7 @@ from training_runs import (
 from tasn_timm.data.loading import keyed_seed
 from tasn_timm.data.splits import load_splits
 from tasn_timm.errors import UserError
-from tasn_timm.recipe import Recipe
+from tasn_timm.recipe import Recipe, load_recipe
 from tasn_timm.training import accelerator as accelerator_module
 from tasn_timm.training import dry_run, memory
 from tasn_timm.training.accelerator import create_accelerator
@@ -253,6 +253,15 @@ def test_targets_are_mixed_by_the_place_in_the_run_alone(train, monkeypatch):
 
 
 # precision, devices, compilation
+
+
+def test_what_the_launcher_chose_is_written_down_as_used(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    code, _, err = train(*QUICK, "--epochs", "1")
+    assert code == 0, err
+    recipe = load_recipe(str(tmp_path / "runs/small/recipe.yaml"))
+    assert (recipe.mixed_precision, recipe.torchcompile) == ("bf16", "eager")
 
 
 def test_bf16_trains_and_saves_what_float32_scores_alike(train, tmp_path, image_folder):

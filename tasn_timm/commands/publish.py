@@ -31,15 +31,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
     from .. import publish
+    from ..finished_run import read_run
     from ..hub_config import HUB_CONFIGS
 
     if not options.dry_run:
         publish.check_login(options.repo, options.private)
-    finished = publish.read_run(options.run_dir)
+    finished = read_run(options.run_dir)
     config = publish.config_of(finished)
     if options.write_config and config is None:
-        why = f"its options differ: {', '.join(finished.differences)}" if finished.differences else "none is for it"
-        raise UserError(f"--write-config: recipe {finished.name!r} has no file in hub_configs/ ({why}).")
+        but = f", except: {', '.join(finished.differences)}. Leave" if finished.differences else ": leave"
+        raise UserError(
+            f"--write-config: no file in hub_configs/ is for weights of recipe {finished.name!r}{but} it out."
+        )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, options.repo.replace("/", "--"))
         publish.build_repository(finished, folder, options.repo, options.license, options.example)
