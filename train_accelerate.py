@@ -210,6 +210,7 @@ def train_one_epoch(
         progress.add(dict(grad_norm=norm))
         progress.end_step(group)
         if crosses(recipe.log_interval, index + 1 - plan.passes_of(group), index + 1):
+            state.guard.flush()
             means, speed = progress.end_line()
             state.run.log(state.step, **parts.rates, train=means, speed=speed)
         if crosses(recipe.recovery_interval, state.step - 1, state.step):
