@@ -38,7 +38,8 @@ def asked_elsewhere() -> Iterator[list[str]]:
 
     def check(host: str | None) -> None:
         if host not in here:
-            asked.append(str(host))
+            if not str(host).endswith(".127.0.0.1"):  # `datasets` asks the tests' Hub for a viewer, and it has none
+                asked.append(str(host))
             raise OSError(f"tests do not leave this machine, for {host}")
 
     def look_up_here(host, *arguments, **options):
