@@ -11,17 +11,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import CommitInfo, HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from torch import nn
 
-from .card import Context, Measured, model_card
+from .card import LICENSE_PAGE, LICENSES, Context, Measured, model_card
+from .data.decoding import UnreadableImage, decode
 from .data.synthbirds import draw
-from .errors import UserError
+from .errors import UserError, unknown
 from .finished_run import FinishedRun
 from .hub import load_model
 from .hub_config import HUB_CONFIGS, PICTURE, HubConfig, Training
-from .hub_errors import LOG_IN, problem, reason_of
+from .hub_errors import LOG_IN, UNKNOWN_TOKEN, Unreachable, problem, reason_of, status_of
 from .recipe import save_recipe
 from .tasn import TASN
 from .visualize import attention_panels
@@ -100,23 +107,33 @@ class Published(NamedTuple):
         return f"hf-hub:{self.repo}@{self.tag}"
 
 
+def check_names(repo: str, license: str | None) -> None:
+    """Check what the Hub would refuse, without asking it.
+
+    Raises:
+        UserError: It is no name of a repository, or no licence that the Hub knows.
+    """
+    if not REPO.fullmatch(repo):
+        raise UserError(f"--repo must be USER/NAME, got {repo!r}.")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"--repo must be USER/NAME, got {repo!r}: {error}") from error
+    if license is not None and license not in LICENSES:
+        raise UserError(f"{unknown('license', license, LICENSES)} Take one of {LICENSE_PAGE}, or other.")
+
+
 def check_login(repo: str, private: bool) -> None:
     """Check that somebody is logged in, and what of the repository can be known before.
 
     Raises:
-        UserError: Nobody is, the name is none, or the repository is public although it should be private.
+        UserError: Nobody is, or the repository is public although it should be private.
     """
-    if not REPO.fullmatch(repo):
-        raise UserError(f"--repo must be USER/NAME, got {repo!r}.")
     with _telling(repo, "checked"):
         try:
             HfApi().whoami()
         except LocalTokenNotFoundError as error:
             raise UserError(f"nobody is logged in to the Hub: {LOG_IN}.") from error
-        except HfHubHTTPError as error:
-            if error.response is not None and error.response.status_code == 401:
-                raise UserError(f"the Hub does not know the token of this machine: {LOG_IN}.") from error
-            raise
         try:
             public = not HfApi().model_info(repo).private
         except RepositoryNotFoundError:
@@ -128,7 +145,8 @@ def check_login(repo: str, private: bool) -> None:
 def upload(folder: Path, repo: str, private: bool, title: str) -> Published:
     """Upload a folder in one commit and tag it with the next version, v1, v2 and so on.
 
-    The same content again makes neither a commit nor a tag, so this can be repeated after any failure.
+    The same content again makes neither a commit nor a tag, so this can be repeated after any failure. A figure of
+    before that is no longer there is deleted.
 
     Args:
         folder: From `build_repository`.
@@ -137,13 +155,15 @@ def upload(folder: Path, repo: str, private: bool, title: str) -> Published:
         title: Of the commit.
 
     Raises:
-        UserError: The Hub refuses, or does not answer.
+        UserError: The Hub refuses, does not answer, or somebody else has made a commit meanwhile.
     """
     api = HfApi()
     with _telling(repo, "published"):
         api.create_repo(repo, private=private, exist_ok=True)
         before = api.model_info(repo).sha
-        commit: CommitInfo = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=title)
+        commit: CommitInfo = api.upload_folder(
+            repo_id=repo, folder_path=folder, commit_message=title, parent_commit=before, delete_patterns=FIGURE
+        )
         versions = {
             ref.name: ref.target_commit for ref in api.list_repo_refs(repo).tags if re.fullmatch(r"v\d+", ref.name)
         }
@@ -195,12 +215,15 @@ def patch(before: HubConfig, after: HubConfig) -> str:
 
 def _draw(model: nn.Module, run: FinishedRun, example: Path | None, target: Path) -> str | None:
     if not isinstance(model, TASN):
+        if example is not None:
+            name = model.pretrained_cfg["architecture"]
+            raise UserError(f"--example has no effect: {name} has no attention to show; leave it out.")
         return None
     if example is None and run.recipe.data != "synthbirds":
         return None
     try:
-        picture = Image.open(example).convert("RGB") if example else Image.fromarray(draw("test", 0))
-    except OSError as error:
+        picture = decode(dict(bytes=None, path=str(example))) if example else Image.fromarray(draw("test", 0))
+    except UnreadableImage as error:
         raise UserError(f"--example {str(example)!r} cannot be read as a picture: {error}.") from error
     attention_panels(model, picture).save(target / FIGURE, optimize=True)
     return FIGURE
@@ -212,18 +235,31 @@ def _write_json(path: Path, content: dict) -> None:
 
 @contextmanager
 def _telling(repo: str, what: str) -> Iterator[None]:
+    """Tell in one line what the Hub refuses, and what failed and may work when it is tried again."""
     try:
         yield
     except UserError:
         raise
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        if status == 403:
-            raise UserError(
-                f"the Hub does not let you write to {repo}: use a repository of your own, and a token that may write."
-            ) from error
-        raise UserError(f"{repo} could not be {what}: {reason_of(error)}. Run the same command again.") from error
     except (OSError, HTTPError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{repo} could not be {what}: {problem('model', repo, error)}. Run the same command again."
-        ) from error
+        raise _refusal(repo, what, error) or _failure(repo, what, error) from error
+
+
+def _refusal(repo: str, what: str, error: Exception) -> UserError | None:
+    status = status_of(error)
+    if status == 401 or isinstance(error, UnicodeEncodeError):  # which no token of the Hub would cause
+        return UserError(UNKNOWN_TOKEN)
+    if status == 403:
+        return UserError(
+            f"the Hub does not let you write to {repo}: use a repository of your own, and a token that may write."
+        )
+    if status in (400, 404, 409, 413, 422):
+        return UserError(f"{repo} could not be {what}: {reason_of(error)}")
+    if isinstance(error, ValueError):  # of the client, which has checked what it was given, the card with the Hub
+        return UserError(f"{repo} could not be {what}: {' '.join(str(error).split())}")
+    return None
+
+
+def _failure(repo: str, what: str, error: Exception) -> UserError:
+    told = problem("model", repo, error)
+    reason = told if isinstance(told, Unreachable) else reason_of(error)
+    return UserError(f"{repo} could not be {what}: {reason}. Run the same command again.")

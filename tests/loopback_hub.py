@@ -16,6 +16,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import datasets
 import pytest
+import yaml
 from huggingface_hub import HfFileSystem, close_session
 
 USER = "me"  # the only one; other namespaces exist through `LoopbackHub.publish` alone
@@ -195,7 +196,7 @@ class LoopbackHub:
             case ["GET", "api", "whoami-v2"]:
                 return _whoami(request)
             case ["POST", "api", "validate-yaml"]:
-                return _json(dict(errors=[], warnings=[]))
+                return _validated(json.loads(request.body)["content"])
             case ["POST", "api", "repos", "create"]:
                 return self._create(request)
             case ["PUT", "lfs-objects", sha256]:
@@ -349,6 +350,14 @@ def _check_open(repo: Repo, request: Request) -> None:
     if repo.gated and not _may_enter(repo, request):
         message = f"Access to {repo.kind[:-1]} {repo.id} is restricted: you are not in the authorized list."
         raise Refused(403 if request.role else 401, "GatedRepo", message)
+
+
+def _validated(card: str) -> Answer:
+    """What the Hub says of a card's metadata; of all its rules, that of licences."""
+    metadata = yaml.safe_load(card.split("---")[1]) if card.startswith("---") else {}
+    if metadata.get("license", "mit") in ("apache-2.0", "mit", "cc-by-nc-4.0", "other"):
+        return _json(dict(errors=[], warnings=[]))
+    return _json(dict(errors=[dict(message='"license" must be one of [apache-2.0, mit, ...]')], warnings=[]), 400)
 
 
 def _check_writable(repo_id: str, request: Request) -> None:

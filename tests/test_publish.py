@@ -1,6 +1,7 @@
 """A finished run goes to a Hub on this machine through the real client, with its card, and comes back the same."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -269,6 +270,89 @@ def test_a_dataset_of_the_hub_is_named_with_its_commit(hub, command, run):
     assert trained_on("hf-hub:me/birds") == f"you/colours@{'a' * 40}"
 
 
+def test_the_example_is_decoded_as_training_pictures_are(hub, command, run, tmp_path, monkeypatch):
+    sideways = Image.new("RGB", (60, 30), "red")
+    sideways.paste("blue", (0, 0, 30, 30))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn it right by 90 degrees: blue is above then
+    sideways.save(tmp_path / "bird.jpg", exif=exif)
+    code, _, err = command(run, "--repo", "me/birds", "--example", tmp_path / "bird.jpg")
+    assert code == 0, err
+    figure = Image.open(io.BytesIO(hub.repo("me/birds", "model").find().files["attention.png"])).convert("RGB")
+    side = figure.height
+    above, below = (figure.getpixel((side // 2, side * part // 8)) for part in (1, 7))
+    assert above[2] > above[0] and below[0] > below[2]
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)
+    code, _, err = command(run, "--repo", "me/birds", "--example", tmp_path / "bird.jpg")
+    assert code == 2 and "bird.jpg' cannot be read as a picture: " in the_line(err)
+
+
+def test_an_example_that_is_no_longer_given_is_no_longer_there(hub, command, run, tmp_path):
+    Image.new("RGB", (60, 50), "red").save(tmp_path / "bird.png")
+    for options, there in ((["--example", tmp_path / "bird.png"], True), ([], False)):
+        code, _, err = command(run, "--repo", "me/birds", *options)
+        files = hub.repo("me/birds", "model").find().files
+        assert code == 0 and ("attention.png" in files) == there == (b"attention.png" in files["README.md"]), err
+    assert len(hub.repo("me/birds", "model").commits) == 3
+
+
+def test_an_example_needs_attention_to_show(command, run, tmp_path):
+    model = timm.create_model("test_resnet", num_classes=3)
+    config = timm.data.resolve_model_data_config(model)
+    save_folder(model, run / "best", label_names=["a", "b", "c"], data_config=config, recipe="small", dataset="x")
+    Image.new("RGB", (60, 50), "red").save(tmp_path / "bird.png")
+    code, _, err = command(run, "--repo", "me/birds", "--dry-run", "--example", tmp_path / "bird.png")
+    assert code == 2 and "--example has no effect: test_resnet has no attention to show" in the_line(err)
+
+
+def test_a_licence_that_the_hub_does_not_know_is_refused_before_anything_is_asked(hub, command, run):
+    for license, message in (("mitt", "unknown license 'mitt': did you mean 'mit'?"), ("nonsense", "or other.")):
+        code, _, err = command(run, "--repo", "me/birds", "--license", license)
+        assert code == 2 and message in the_line(err)
+    assert not hub.requests
+
+
+def test_the_licence_of_weights_has_its_own_name_where_the_hub_has_none(hub, command, run):
+    config = json.loads((run / "best/config.json").read_text())
+    config["pretrained_cfg"]["license"] = "seer-license"
+    (run / "best/config.json").write_text(json.dumps(config))
+    code, _, err = command(run, "--repo", "me/birds")
+    assert code == 0, err
+    card = ModelCard(hub.repo("me/birds", "model").find().files["README.md"].decode())
+    assert (card.data.license, card.data.license_name) == ("other", "seer-license")
+    assert "licence of these weights is seer-license" in card.text
+
+
+def test_somebody_elses_commit_meanwhile_is_noticed(hub, command, run):
+    assert command(run, "--repo", "me/birds")[0] == 0
+    repo = hub.repo("me/birds", "model")
+
+    def fault(method: str, path: str) -> None:
+        if "preupload" in path:
+            repo.commit(repo.find().files | {"NEWS.md": b"meanwhile"}, "somebody else's")
+            hub.fault = None
+
+    hub.fault = fault
+    code, _, err = command(run, "--repo", "me/birds", "--license", "mit")
+    assert code == 2 and "Run the same command again" in the_line(err)
+    assert [commit.title for commit in repo.commits.values()][2:] == ["somebody else's"]
+    assert command(run, "--repo", "me/birds", "--license", "mit")[0] == 0 and len(repo.commits) == 4
+
+
+def test_what_the_hub_refuses_is_not_to_be_tried_again(hub, command, run, monkeypatch):
+    hub.fault = lambda method, path: Fault(400) if "repos/create" in path else None
+    code, _, err = command(run, "--repo", "me/birds")
+    assert code == 2 and "me/birds could not be published: " in the_line(err) and "again" not in err
+    monkeypatch.setattr("tasn_timm.publish.LICENSES", ("nonsense",))
+    monkeypatch.setattr("tasn_timm.card.LICENSES", ("nonsense",))
+    hub.fault = None
+    code, _, err = command(run, "--repo", "me/birds", "--license", "nonsense")
+    assert code == 2 and '"license" must be one of' in the_line(err) and "again" not in err
+    monkeypatch.setenv("HF_TOKEN", "hf_\u00fcber")
+    code, _, err = command(run, "--repo", "me/birds")
+    assert code == 2 and "does not know the token of this machine: log in" in the_line(err) and "again" not in err
+
+
 def test_publishing_again_updates_the_card_and_counts_the_version(hub, command, run):
     assert command(run, "--repo", "me/birds")[0] == 0
     code, out, _ = command(run, "--repo", "me/birds")
@@ -329,6 +413,8 @@ def test_the_login_is_checked_first(hub, command, monkeypatch):
         ("you/birds", WRITE_TOKEN, "does not let you write to you/birds"),
         ("me/birds", READ_TOKEN, "does not let you write to me/birds"),
         ("birds", WRITE_TOKEN, "--repo must be USER/NAME, got 'birds'"),
+        ("me/birds/x", WRITE_TOKEN, "--repo must be USER/NAME, got 'me/birds/x'"),
+        ("me/a--b", WRITE_TOKEN, "--repo must be USER/NAME, got 'me/a--b': Cannot have -- or .. in repo_id"),
     ],
 )
 def test_repositories_that_are_not_ones_own_are_refused(hub, command, run, monkeypatch, repo, token, message):
@@ -336,6 +422,9 @@ def test_repositories_that_are_not_ones_own_are_refused(hub, command, run, monke
     code, _, err = command(run, "--repo", repo)
     assert code == 2 and message in the_line(err)
     assert not hub.repos
+    if message.startswith("--repo"):
+        code, out, err = command(run, "--repo", repo, "--dry-run")
+        assert code == 2 and message in the_line(err) and not out and not hub.requests
 
 
 def test_private_is_refused_for_a_public_repository(hub, command, run):

@@ -195,6 +195,10 @@ def hide(hub: LoopbackHub, monkeypatch) -> None:
     hub.repo("you/ants", "model").private = True
 
 
+def forget_the_token(hub: LoopbackHub, monkeypatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+
+
 def fail(hub: LoopbackHub, monkeypatch) -> None:
     hub.fault = lambda method, path: Fault(500)
 
@@ -218,6 +222,7 @@ def go_offline(hub: LoopbackHub, monkeypatch) -> None:
         ("you/ants", hide, "model 'you/ants' is not on the Hub, or it is private"),
         ("you/ants", close, "model 'you/ants' is gated: accept its terms at {url}/you/ants, then log in"),
         ("you/ants@v2", None, "unknown revision of model 'you/ants' 'v2'. Choose from main, v1."),
+        ("you/ants", forget_the_token, "the Hub does not know the token of this machine: log in with hf auth login"),
         ("you/ants", fail, "model 'you/ants'"),
         ("you/ants", stop, "is not in the cache '{cache}', and the Hub cannot be reached"),
         ("you/ants", go_offline, "is not in the cache '{cache}', and HF_HUB_OFFLINE is set: unset it to load it once"),
