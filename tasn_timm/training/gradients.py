@@ -1,7 +1,6 @@
 """The gradient of an optimizer step: its norm, clipping, and what happens when it is not finite."""
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -80,16 +79,17 @@ class FiniteGuard:
             NumericalError: One was not finite; of several the first is told.
         """
         steps, self.steps = self.steps, []
-        bad = next(self._spoiled(steps), None) if steps else None
-        if bad:
-            raise NumericalError(self._report(bad))
+        for step, is_finite in zip(steps, self._are_finite(steps)):
+            if not is_finite:
+                raise NumericalError(self._report(step))
 
-    def _spoiled(self, steps: list[Step]) -> Iterator[Step]:
+    def _are_finite(self, steps: list[Step]) -> list[bool]:
         scaler = self.accelerator.scaler
-        if scaler is not None:
-            return iter(steps if self.optimizer.step_was_skipped and scaler.get_scale() < 1 else ())
-        finite = torch.stack([step.norm for step in steps]).isfinite().tolist()
-        return (step for step, is_finite in zip(steps, finite) if not is_finite)
+        if not steps:
+            return []
+        if scaler is not None:  # has one step at a time
+            return [not self.optimizer.step_was_skipped or scaler.get_scale() >= 1]
+        return torch.stack([step.norm for step in steps]).isfinite().tolist()
 
     def _report(self, step: Step) -> str:
         mine = [{name: value.item() for name, value in losses.items()} for losses in step.losses]
