@@ -24,7 +24,7 @@ from tasn_timm.data.loading import Batch, keyed_randomness, keyed_seed, seed_tor
 from tasn_timm.data.splits import class_names
 from tasn_timm.errors import Interrupted, UserError, run_command
 from tasn_timm.recipe import Launch, Recipe, load_recipe, parse_args, recipe_name
-from tasn_timm.training.accelerator import create_accelerator
+from tasn_timm.training.accelerator import as_launched, create_accelerator
 from tasn_timm.training.bad_images import BadImages
 from tasn_timm.training.build import Parts, build_model, build_parts, crop_share, prepare_parts
 from tasn_timm.training.dry_run import estimate, temporary_output
@@ -89,7 +89,7 @@ def build(recipe: Recipe, accelerator: Accelerator) -> Built:
     set_seed(recipe.seed)
     with accelerator.local_main_process_first():  # on each machine the first process fills the cache
         splits, data = load_data(recipe)
-    recipe = replace(recipe, data=data)
+    recipe = replace(as_launched(recipe, accelerator), data=data)
     names = class_names(splits)
     plan = plan_epoch(recipe, splits["train"])
     model = build_model(recipe, len(names))
@@ -147,7 +147,7 @@ def train(name: str, recipe: Recipe, launch: Launch, accelerator: Accelerator, s
             raise Interrupted(f"{stopped}; --resume auto goes on", stopped.number) from None
         if "test" in loaders:
             run.load_best()
-            run.finish(state.step, scores("test"))
+            run.finish(state.step, state.planned_steps, state.inexact, scores("test"))
     if launch.dry_run:
         state.resume("auto")
         accelerator.print(estimate(recipe, plan, progress, loaders, run.test_scores or validation, run.folder))
@@ -210,6 +210,7 @@ def train_one_epoch(
         progress.add(dict(grad_norm=norm))
         progress.end_step(group)
         if crosses(recipe.log_interval, index + 1 - plan.passes_of(group), index + 1):
+            state.guard.flush()
             means, speed = progress.end_line()
             state.run.log(state.step, **parts.rates, train=means, speed=speed)
         if crosses(recipe.recovery_interval, state.step - 1, state.step):

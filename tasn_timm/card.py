@@ -8,6 +8,22 @@ from torch import nn
 
 from .recipe import PaperRow
 
+# What the Hub takes as `license`, of models; any other one is "other" with a name.
+LICENSE_PAGE = "https://huggingface.co/docs/hub/repositories-licenses"
+LICENSES = frozenset(
+    """
+    afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
+    bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
+    cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0
+    etalab-2.0 eupl-1.1 eupl-1.2 fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 grok2-community
+    h-research intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4
+    lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl
+    postgresql unknown unlicense wtfpl zlib
+    """.split()
+)
+
 CITATION = """Heliang Zheng, Jianlong Fu, Zheng-Jun Zha, Jiebo Luo: *Looking for the Devil in the Details: Learning
 Trilinear Attention Sampling Network for Fine-grained Image Recognition*, CVPR 2019.
 
@@ -51,9 +67,9 @@ class Context:
         source: What `timm.create_model` takes for the model.
         dataset_id: Of the dataset on the Hub; None for others.
         revision: Of that dataset, a commit.
-        license: Of the weights, as the Hub names licences; None where nobody said.
+        license: Of the weights; None where nobody said.
         figure: File of a figure in the same folder; None for none.
-        differences: Options that differ from the named recipe's, as text.
+        differences: In what the training was not the named recipe, as text.
         paper: Rows of the paper that the recipe is for.
     """
 
@@ -92,11 +108,13 @@ def _metadata(measured: Measured, context: Context) -> str:
         dataset_split=measured.split,
         dataset_revision=context.revision,
     )
+    known = context.license is None or context.license in LICENSES
     data = ModelCardData(
         model_name=context.title,
         library_name="timm",
         pipeline_tag="image-classification",
-        license=context.license,
+        license=context.license if known else "other",
+        license_name=None if known else context.license,
         datasets=[context.dataset_id] if context.dataset_id else None,
         metrics=["accuracy"],
         tags=["image-classification", "timm", "tasn", "fine-grained"],
@@ -131,9 +149,12 @@ def _figure(file: str) -> str:
 def _results(model: nn.Module, measured: Measured, context: Context) -> str:
     accuracy = ", ".join(f"{name} {value:.2f} %" for name, value in measured.metrics.items())
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    figures = {}  # the same one may be in several tables
+    for row in context.paper:
+        figures.setdefault(row.top1, []).append(f"Table {row.table}, {row.row}")
     paper = "".join(
-        f"\n- The paper reports {row.top1:.1f} % (Table {row.table}, {row.row}); measured here: {measured.top1:.1f} %."
-        for row in context.paper
+        f"\n- The paper reports {top1:.1f} % ({'; '.join(rows)}); measured here: {measured.top1:.1f} %."
+        for top1, rows in figures.items()
     )
     return f"""| split | images | accuracy | parameters | GFLOPs an image |
 |---|---|---|---|---|
@@ -158,7 +179,7 @@ model.pretrained_cfg["label_names"][logits.argmax()]
 
 
 def _training(measured: Measured, context: Context) -> str:
-    other = f" with other options: {', '.join(context.differences)}" if context.differences else ""
+    other = f", except: {', '.join(context.differences)}" if context.differences else ""
     return f"""## Training
 
 Recipe `{measured.recipe}`{other}. Every option as used is in `recipe.yaml`. Command:

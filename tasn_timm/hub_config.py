@@ -65,6 +65,12 @@ class HubConfig:
         """What timm.create_model takes: "<architecture>.<tag>"."""
         return f"{self.architecture}.{self.tag}"
 
+    @property
+    def shipped(self) -> Path | None:
+        """The weights that ship with the package, if they do."""
+        path = HUB_CONFIGS / f"{self.name}.safetensors"
+        return path if path.is_file() else None
+
     @classmethod
     def read(cls, path: Path) -> "HubConfig":
         """Read a file, strictly.

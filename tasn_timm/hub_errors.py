@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 from .errors import UserError
 
 LOG_IN = "log in with hf auth login, or set HF_TOKEN"
+UNKNOWN_TOKEN = f"the Hub does not know the token of this machine: {LOG_IN}."
 
 
 class Unreachable(Exception):
@@ -59,7 +60,15 @@ def problem(kind: Literal["model", "dataset"], repo: str, error: Exception) -> U
     if caused(error, RepositoryNotFoundError):
         here = "neither a folder here nor on the Hub" if kind == "dataset" else "not on the Hub"
         return UserError(f"{kind} {repo!r} is {here}, or it is private: check the name, or {LOG_IN}.")
+    if caused(error, UnicodeEncodeError) or 401 in map(status_of, causes(error)):
+        return UserError(UNKNOWN_TOKEN)
     return UserError(f"{kind} {repo!r} cannot be loaded: {reason}")
+
+
+def status_of(error: BaseException) -> int | None:
+    """Status of the Hub's answer, where it has answered."""
+    answer = error.response if isinstance(error, HfHubHTTPError) else None
+    return None if answer is None else answer.status_code
 
 
 def caused(error: BaseException | None, *kinds: type) -> bool:

@@ -8,72 +8,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from huggingface_hub import CommitInfo, HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from torch import nn
 
-from .card import Context, Measured, model_card
-from .data.decoding import UnreadableImage
+from .card import LICENSE_PAGE, LICENSES, Context, Measured, model_card
+from .data.decoding import UnreadableImage, decode
 from .data.synthbirds import draw
-from .errors import UserError
+from .errors import UserError, unknown
+from .finished_run import FinishedRun
 from .hub import load_model
 from .hub_config import HUB_CONFIGS, PICTURE, HubConfig, Training
-from .hub_errors import LOG_IN, problem, reason_of
-from .predict import load_picture
-from .recipe import FREE_OPTIONS, RECIPES, Recipe, load_recipe, save_recipe
-from .recipe_cards import recipe_cards
+from .hub_errors import LOG_IN, UNKNOWN_TOKEN, Unreachable, problem, reason_of, status_of
+from .recipe import save_recipe
 from .tasn import TASN
 from .visualize import attention_panels
-from .weights import CONFIG, WEIGHTS, weights_in
+from .weights import CONFIG, WEIGHTS
 
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
 FIGURE = "attention.png"
-PERSONAL = (*FREE_OPTIONS, "data", "seed", "cpu")  # options that two runs of one recipe may have otherwise
-
-
-class FinishedRun(NamedTuple):
-    """What training has left, to be published."""
-
-    name: str  # of the recipe
-    folder: Path
-    recipe: Recipe
-    config: dict[str, Any]  # of best/
-    test: dict[str, float]  # what was measured at the end
-    differences: list[str]  # from the package's recipe of that name; of any other one none are known
-
-    @property
-    def dataset(self) -> tuple[str | None, str | None, str]:
-        """Id on the Hub or built-in name, commit, and a name to show; a folder's path is nobody's business."""
-        name, _, revision = self.recipe.data.partition("@")
-        if Path(name).exists() or not (REPO.fullmatch(name) or re.fullmatch(r"\w+", name)):
-            return None, None, Path(name).name
-        return name, revision or None, name
-
-
-def read_run(folder: Path) -> FinishedRun:
-    """Read the folder of a run that has ended with its test.
-
-    Raises:
-        UserError: It is none, its training has not ended, nothing was tested, or its weights are damaged.
-    """
-    recipe_file, metrics = folder / "recipe.yaml", folder / "metrics.jsonl"
-    if not (folder / "best" / CONFIG).is_file() or not recipe_file.is_file() or not metrics.is_file():
-        raise UserError(f"{str(folder)!r} is no folder of a run with best/, recipe.yaml and metrics.jsonl: give one.")
-    lines = metrics.read_text().splitlines()
-    last = json.loads(lines[-1]) if lines else {}
-    if "test" not in last:
-        raise UserError(
-            f"run {str(folder)!r} has no final evaluation, and a model is published with one: let it end (--resume "
-            f"auto), on data with a test split."
-        )
-    weights_in(folder / "best")
-    config = json.loads((folder / "best" / CONFIG).read_text())
-    recipe = load_recipe(str(recipe_file), {})
-    name = (config.get("tasn") or {}).get("recipe") or folder.name
-    return FinishedRun(name, folder, recipe, config, last["test"], _differences(name, recipe))
 
 
 def build_repository(
@@ -82,7 +44,7 @@ def build_repository(
     """Write what is published into a new folder: weights, config.json, card, recipe, results and a figure.
 
     Args:
-        run: From `read_run`.
+        run: From `finished_run.read_run`.
         target: The folder.
         repo: "user/name", for the card.
         license: Of the weights; None: that of those from which it started, if any.
@@ -100,9 +62,7 @@ def build_repository(
     shutil.copyfile(run.folder / "best" / WEIGHTS, target / WEIGHTS)
     training = run.config["tasn"] | dict(dataset=dataset, dataset_revision=revision)
     _write_json(target / CONFIG, run.config | dict(tasn=training))
-    save_recipe(
-        replace(run.recipe, data=shown if dataset is None else run.recipe.data, output="runs"), target / "recipe.yaml"
-    )
+    save_recipe(run.public_recipe, target / "recipe.yaml")
     measured = Measured(
         dataset=shown,
         split=run.recipe.test_split,
@@ -122,7 +82,7 @@ def build_repository(
         license=license or model.pretrained_cfg.get("license"),
         figure=figure,
         differences=run.differences,
-        paper=[row for row in _paper_rows(run.name) if row.ensemble == 1 and not row.flip],
+        paper=run.paper,
     )
     (target / "README.md").write_text(model_card(model, measured, context), encoding="utf-8")
     _write_json(target / "eval_results.json", asdict(measured) | dict(differences=run.differences))
@@ -147,23 +107,33 @@ class Published(NamedTuple):
         return f"hf-hub:{self.repo}@{self.tag}"
 
 
+def check_names(repo: str, license: str | None) -> None:
+    """Check what the Hub would refuse, without asking it.
+
+    Raises:
+        UserError: It is no name of a repository, or no licence that the Hub knows.
+    """
+    if not REPO.fullmatch(repo):
+        raise UserError(f"--repo must be USER/NAME, got {repo!r}.")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"--repo must be USER/NAME, got {repo!r}: {error}") from error
+    if license is not None and license not in LICENSES:
+        raise UserError(f"{unknown('license', license, LICENSES)} Take one of {LICENSE_PAGE}, or other.")
+
+
 def check_login(repo: str, private: bool) -> None:
     """Check that somebody is logged in, and what of the repository can be known before.
 
     Raises:
-        UserError: Nobody is, the name is none, or the repository is public although it should be private.
+        UserError: Nobody is, or the repository is public although it should be private.
     """
-    if not REPO.fullmatch(repo):
-        raise UserError(f"--repo must be USER/NAME, got {repo!r}.")
     with _telling(repo, "checked"):
         try:
             HfApi().whoami()
         except LocalTokenNotFoundError as error:
             raise UserError(f"nobody is logged in to the Hub: {LOG_IN}.") from error
-        except HfHubHTTPError as error:
-            if error.response is not None and error.response.status_code == 401:
-                raise UserError(f"the Hub does not know the token of this machine: {LOG_IN}.") from error
-            raise
         try:
             public = not HfApi().model_info(repo).private
         except RepositoryNotFoundError:
@@ -175,7 +145,8 @@ def check_login(repo: str, private: bool) -> None:
 def upload(folder: Path, repo: str, private: bool, title: str) -> Published:
     """Upload a folder in one commit and tag it with the next version, v1, v2 and so on.
 
-    The same content again makes neither a commit nor a tag, so this can be repeated after any failure.
+    The same content again makes neither a commit nor a tag, so this can be repeated after any failure. A figure of
+    before that is no longer there is deleted.
 
     Args:
         folder: From `build_repository`.
@@ -184,13 +155,15 @@ def upload(folder: Path, repo: str, private: bool, title: str) -> Published:
         title: Of the commit.
 
     Raises:
-        UserError: The Hub refuses, or does not answer.
+        UserError: The Hub refuses, does not answer, or somebody else has made a commit meanwhile.
     """
     api = HfApi()
     with _telling(repo, "published"):
         api.create_repo(repo, private=private, exist_ok=True)
         before = api.model_info(repo).sha
-        commit: CommitInfo = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=title)
+        commit: CommitInfo = api.upload_folder(
+            repo_id=repo, folder_path=folder, commit_message=title, parent_commit=before, delete_patterns=FIGURE
+        )
         versions = {
             ref.name: ref.target_commit for ref in api.list_repo_refs(repo).tags if re.fullmatch(r"v\d+", ref.name)
         }
@@ -202,9 +175,12 @@ def upload(folder: Path, repo: str, private: bool, title: str) -> Published:
 
 
 def config_of(run: FinishedRun) -> HubConfig | None:
-    """The file of hub_configs/ that a run's model is for; None where there is none, or other options were used."""
+    """The file of hub_configs/ that a run's model is for; None where there is none, or the run was not its recipe's.
+
+    What ships with the package is no run's: it loads without a network.
+    """
     configs = (HubConfig.read(path) for path in sorted(HUB_CONFIGS.glob("*.json")))
-    found = [config for config in configs if config.tasn.recipe == run.name]
+    found = [config for config in configs if config.tasn.recipe == run.name and not config.shipped]
     return found[0] if found and not run.differences else None
 
 
@@ -224,7 +200,7 @@ def updated(config: HubConfig, run: FinishedRun, published: Published) -> HubCon
     return replace(
         config,
         num_classes=saved["num_classes"],
-        model_args=saved["model_args"],
+        model_args=saved["model_args"] | config.model_args,
         pretrained_cfg=config.pretrained_cfg | cfg,
         tasn=Training(**tasn),
     )
@@ -237,29 +213,16 @@ def patch(before: HubConfig, after: HubConfig) -> str:
     return "".join(difflib.unified_diff(*lines, f"a/{path}", f"b/{path}"))
 
 
-def _differences(name: str, recipe: Recipe) -> list[str]:
-    if not (RECIPES / f"{name}.yaml").is_file():
-        return []
-    ours = load_recipe(name, {})
-    personal = {*PERSONAL, "num_classes"} if recipe.data != ours.data else set(PERSONAL)
-    different = [f"data {Path(recipe.data).name}"] if recipe.data.partition("@")[0] != ours.data else []
-    for option, value in asdict(recipe).items():
-        if option not in personal and value != getattr(ours, option):
-            different.append(f"{option} {value} (there {getattr(ours, option)})")
-    return different
-
-
-def _paper_rows(name: str) -> list:
-    return [row for card in recipe_cards() if card.name == name for row in card.paper if row.top1 is not None]
-
-
 def _draw(model: nn.Module, run: FinishedRun, example: Path | None, target: Path) -> str | None:
     if not isinstance(model, TASN):
+        if example is not None:
+            name = model.pretrained_cfg["architecture"]
+            raise UserError(f"--example has no effect: {name} has no attention to show; leave it out.")
         return None
     if example is None and run.recipe.data != "synthbirds":
         return None
     try:
-        picture = load_picture(example) if example else Image.fromarray(draw("test", 0))
+        picture = decode(dict(bytes=None, path=str(example))) if example else Image.fromarray(draw("test", 0))
     except UnreadableImage as error:
         raise UserError(f"--example {str(example)!r} cannot be read as a picture: {error}.") from error
     attention_panels(model, picture).save(target / FIGURE, optimize=True)
@@ -272,18 +235,31 @@ def _write_json(path: Path, content: dict) -> None:
 
 @contextmanager
 def _telling(repo: str, what: str) -> Iterator[None]:
+    """Tell in one line what the Hub refuses, and what failed and may work when it is tried again."""
     try:
         yield
     except UserError:
         raise
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        if status == 403:
-            raise UserError(
-                f"the Hub does not let you write to {repo}: use a repository of your own, and a token that may write."
-            ) from error
-        raise UserError(f"{repo} could not be {what}: {reason_of(error)}. Run the same command again.") from error
     except (OSError, HTTPError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{repo} could not be {what}: {problem('model', repo, error)}. Run the same command again."
-        ) from error
+        raise _refusal(repo, what, error) or _failure(repo, what, error) from error
+
+
+def _refusal(repo: str, what: str, error: Exception) -> UserError | None:
+    status = status_of(error)
+    if status == 401 or isinstance(error, UnicodeEncodeError):  # which no token of the Hub would cause
+        return UserError(UNKNOWN_TOKEN)
+    if status == 403:
+        return UserError(
+            f"the Hub does not let you write to {repo}: use a repository of your own, and a token that may write."
+        )
+    if status in (400, 404, 409, 413, 422):
+        return UserError(f"{repo} could not be {what}: {reason_of(error)}")
+    if isinstance(error, ValueError):  # of the client, which has checked what it was given, the card with the Hub
+        return UserError(f"{repo} could not be {what}: {' '.join(str(error).split())}")
+    return None
+
+
+def _failure(repo: str, what: str, error: Exception) -> UserError:
+    told = problem("model", repo, error)
+    reason = told if isinstance(told, Unreachable) else reason_of(error)
+    return UserError(f"{repo} could not be {what}: {reason}. Run the same command again.")

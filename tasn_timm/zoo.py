@@ -49,9 +49,8 @@ def default_cfg(config: HubConfig) -> dict:
     """
     cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in config.pretrained_cfg.items()}
     cfg |= dict(architecture=config.architecture, tag=config.tag, num_classes=config.num_classes)
-    shipped = HUB_CONFIGS / f"{config.name}.safetensors"
-    if shipped.is_file():
-        cfg["file"] = str(shipped)
+    if config.shipped:
+        cfg["file"] = str(config.shipped)
     if config.tasn.repo_id:
         cfg["hf_hub_id"] = f"{config.tasn.repo_id}@{config.tasn.commit}"
     return cfg

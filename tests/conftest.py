@@ -1,9 +1,15 @@
 """Small data and offline Hubs for the tests."""
 
 import json
+import os
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+# Before the clients read them, and for the processes that tests start.
+os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import numpy as np
 import pytest
@@ -22,6 +28,42 @@ from tasn_timm.errors import run_command
 def _one_thread():
     """Tiny tensors are slower on several threads, and the results would depend on their number."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def asked_elsewhere() -> Iterator[list[str]]:
+    """Other machines that somebody has asked for; nobody reaches them."""
+    asked, here = [], {"localhost", "127.0.0.1", "::1", "0.0.0.0", "", None, socket.gethostname()}
+    look_up, connect = socket.getaddrinfo, socket.socket.connect
+
+    def check(host: str | None) -> None:
+        if host not in here:
+            if not str(host).endswith(".127.0.0.1"):  # `datasets` asks the tests' Hub for a viewer, and it has none
+                asked.append(str(host))
+            raise OSError(f"tests do not leave this machine, for {host}")
+
+    def look_up_here(host, *arguments, **options):
+        check(host.decode() if isinstance(host, bytes) else host)
+        return look_up(host, *arguments, **options)
+
+    def connect_here(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            check(address[0])
+        return connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", look_up_here)
+        patch.setattr(socket.socket, "connect", connect_here)
+        yield asked
+
+
+@pytest.fixture(autouse=True)
+def _stays_on_this_machine(asked_elsewhere):
+    """Fail a test that asks for another machine, at its end: many clients swallow the error."""
+    yield
+    asked = asked_elsewhere.copy()
+    asked_elsewhere.clear()
+    assert not asked, f"asked for {', '.join(asked)}"
 
 
 @pytest.fixture

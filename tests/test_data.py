@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, config, load_dataset
 from PIL import Image as PILImage
 
 from tasn_timm.data.decoding import decode
@@ -35,6 +35,19 @@ def test_an_image_folder_loads_with_its_class_names(image_folder):
     splits = load_splits(str(image_folder))
     assert {name: len(split) for name, split in splits.items()} == dict(train=48, validation=15, test=21)
     assert class_names(splits) == ["blue", "green", "red"]
+
+
+def test_nobody_is_told_that_a_folder_of_images_was_loaded(image_folder, monkeypatch, tmp_path):
+    """`datasets` counts it at a server, where nobody has forbidden that; for tests conftest.py has."""
+    monkeypatch.setattr("datasets.config.HF_UPDATE_DOWNLOAD_COUNTS", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    told = []
+    monkeypatch.setattr("datasets.load.get_session", lambda: told.append(None))
+    load_dataset("imagefolder", data_dir=str(image_folder))
+    assert told, "the counter is seen"
+    told.clear()
+    assert len(load_splits(str(image_folder))["train"]) == 48
+    assert not told and config.HF_UPDATE_DOWNLOAD_COUNTS
 
 
 def test_parquet_loads_under_other_column_names(tmp_path):

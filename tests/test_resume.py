@@ -342,6 +342,16 @@ def test_other_settings_go_on_where_that_is_wanted(train, interrupted, expected)
     assert [line["epoch"] for line in lines(interrupted)[:-1]] == [1, 2]
     assert result["model"] != expected["model"]
     assert "resuming inexactly" in train("--resume", "auto", "--resume-inexact", "--lr", "0.004")[1], "lr is known now"
+    (*_, test) = lines(interrupted)
+    assert test["inexact"] == [dict(lr=[0.002, 0.003]), dict(lr=[0.003, 0.004])]
+    assert test["step"] == test["planned_steps"] == 6
+
+
+def test_the_test_tells_that_a_run_was_cut_short_until_it_was_not(train, tmp_path):
+    for options, steps in ((("--max-steps", "2"), 2), ((), 6)):
+        assert train("--resume", "auto", *options)[0] == 0
+        (*_, test) = lines(tmp_path / "runs/small")
+        assert (test["step"], test["planned_steps"], test["inexact"]) == (steps, 6, [])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import math
 import re
 import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +14,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from training_runs import STEP_4, checkpoint, epochs_of, on_every_loss, run_out, the_error, train_accelerate, tree
+from torch.utils._python_dispatch import TorchDispatchMode
+from training_runs import (
+    QUICK,
+    STEP_4,
+    checkpoint,
+    epochs_of,
+    on_every_loss,
+    run_out,
+    the_error,
+    train_accelerate,
+    tree,
+)
 
 from tasn_timm.data.loading import keyed_seed
 from tasn_timm.data.splits import load_splits
@@ -22,6 +36,7 @@ from tasn_timm.recipe import Recipe
 from tasn_timm.training import memory
 from tasn_timm.training.gradients import FiniteGuard, Step, clip_gradient
 from tasn_timm.training.memory import out_of_memory
+from tasn_timm.training.progress import Progress
 
 # gradients
 
@@ -88,17 +103,28 @@ def test_a_spoiled_step_is_told_before_the_optimizer_with_all_that_is_known(acce
     guard.flush()
 
 
-def test_a_device_that_computes_ahead_is_asked_one_step_later(accelerator):
+def test_of_a_device_that_computes_ahead_the_first_spoiled_step_is_told_when_all_are_looked_at(accelerator):
     guard = guard_of(accelerator, lagging=True)
     guard.check(step_of(1, 1.0))
-    guard.check(step_of(2, math.inf))
-    with pytest.raises(NumericalError, match="in step 2 "):
-        guard.check(step_of(3, 1.0))
-    guard = guard_of(accelerator, lagging=True)
-    guard.check(step_of(2, math.inf))
-    with pytest.raises(NumericalError, match="in step 2 "):
+    guard.flush()
+    for number, norm in ((2, 1.0), (3, math.inf), (4, math.nan)):
+        guard.check(step_of(number, norm, dict(loss=float(number))))
+    with pytest.raises(NumericalError, match="in step 3 .epoch 4.: loss 3, gradient norm inf.* images bird-3, other"):
         guard.flush()
     guard.flush()
+
+
+@pytest.mark.parametrize("look", [["--log-interval", "2"], ["--recovery-interval", "2", "--checkpoint-hist", "9"], []])
+def test_on_a_gpu_a_nan_ends_the_run_where_a_line_is_logged_or_anything_saved(train, tmp_path, monkeypatch, look):
+    monkeypatch.setattr(FiniteGuard, "__init__", partialmethod(FiniteGuard.__init__, lagging=True))
+    on_every_loss(
+        monkeypatch, lambda model, call, losses, *_: losses | dict(loss=losses["loss"] * (math.nan if call == 4 else 1))
+    )
+    code, _, err = train(*QUICK, "--batch-size", "8", "--epochs", "1", *(look or ["--log-interval", "99"]))
+    assert code == 3 and "the loss is not finite in step 4 (epoch 1): loss nan" in the_error(err)
+    states = epochs_of(tmp_path / "runs/small")
+    assert all(tensor.isfinite().all() for state in states for tensor in state.values())
+    assert len(states) == (2 if "--recovery-interval" in look else 1) and not (tmp_path / "runs/small/last").exists()
 
 
 def test_fp16_skips_a_gradient_that_overflows_until_the_scale_is_below_1(accelerator):
@@ -165,34 +191,93 @@ def test_what_all_processes_know_is_told_once(monkeypatch, capsys, error, lines)
     assert len(capsys.readouterr().err.splitlines()) == lines
 
 
-# For what they return the host waits when a tensor is on a GPU.
-READS = {getattr(Tensor, name) for name in "item tolist cpu numpy nonzero __bool__ __int__ __float__ __index__".split()}
-READS |= {Tensor.__contains__, torch.nonzero, torch.masked_select, torch.unique, torch.equal}
+# What the host waits for when a tensor is on a GPU: its values, as Python or as a shape, and copies.
+READS = {getattr(Tensor, name) for name in "item tolist cpu cuda numpy nonzero __bool__ __int__ __float__".split()}
+READS |= {Tensor.__index__, Tensor.__contains__, torch.nonzero, torch.masked_select, torch.unique, torch.equal}
+READS |= {torch.tensor, torch.as_tensor, torch.from_numpy}
+OPERATIONS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal"}
+# What looks at the steps, and samplers ("over") and the optimizer's count of steps, which are on the CPU there, too.
+WHO_MAY = ("flush", "end_line", "over", "_get_value")
 
 
-class Reads(TorchFunctionMode):
-    """Collects who asks for values of tensors."""
+class Waits:
+    """Collects who would wait for a GPU, by the functions called and by the operations that they become."""
 
     def __init__(self) -> None:
+        self.by: list[tuple[str, str]] = []  # what, and the function that asks
+
+    def __enter__(self) -> "Waits":
+        self.modes = ExitStack()
+        self.modes.enter_context(_Calls(self))
+        self.modes.enter_context(_Operations(self))
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.modes.close()
+
+    def note(self, what: str) -> None:
+        frames = [frame for frame in traceback.extract_stack() if frame.filename != __file__]
+        if what in ("to", "tensor") and Path(frames[-1].filename).is_relative_to(Path(torch.__file__).parent):
+            return  # torch's optimizers and clipping, which move nothing where all is on one device
+        names = [frame.name for frame in frames]
+        self.by.append((what, next((name for name in WHO_MAY if name in names), names[-1])))
+
+
+class _Calls(TorchFunctionMode):
+    def __init__(self, waits: Waits) -> None:
         super().__init__()
-        self.by: list[str] = []
+        self.waits = waits
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in READS:
-            *callers, caller, _ = [frame.name for frame in traceback.extract_stack()]
-            self.by.append(next((name for name in ("end_line", "over") if name in callers), caller))
+        given = [*args[1:], *(kwargs or {}).values()]
+        if function in READS or (function is Tensor.to and any(isinstance(each, str | torch.device) for each in given)):
+            self.waits.note(function.__name__)
         return function(*args, **(kwargs or {}))
 
 
-def test_a_step_never_waits_for_its_device(train, monkeypatch):
-    """As on a GPU, where the guard reads a copy of the step before.
+class _Operations(TorchDispatchMode):
+    def __init__(self, waits: Waits) -> None:
+        super().__init__()
+        self.waits = waits
 
-    Samplers ("over") and the optimizer's count of steps ("_get_value") are on the CPU there, too.
-    """
-    reads, train_one_epoch = Reads(), train_accelerate.train_one_epoch
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        masks = [each for each in args[1] if each is not None] if name in ("index", "index_put", "index_put_") else []
+        if name in OPERATIONS or any(mask.dtype in (torch.bool, torch.uint8) for mask in masks):
+            self.waits.note(name)
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda x: x[x > 0],
+        lambda x: x.index_put((x > 0,), x[:2]),
+        lambda x: x.to("cpu"),
+        lambda x: x.to(device=torch.device("cpu")),
+        lambda x: torch.tensor([1.0], device=x.device),
+        lambda x: x.sum().item(),
+        lambda x: torch.where(x > 0),
+        lambda x: [each for each in x if each],
+        lambda x: F.cross_entropy(x.view(1, 3), torch.full((1,), 2)).tolist(),
+        lambda x: torch.randn(2, 3, requires_grad=True).sum().backward() or x.max().cpu(),
+    ],
+)
+def test_what_a_gpu_would_be_waited_for_is_seen(ask):
+    x = torch.tensor([1.0, -1.0, 2.0])
+    with Waits() as waits:
+        (x * 2 + 1).square().mean(), x.to(torch.float64), x[1:], x[torch.arange(2)]
+        assert not waits.by
+        ask(x)
+    assert waits.by
+
+
+def test_a_step_never_waits_for_its_device(train, monkeypatch):
+    """As on a GPU, where the guard looks at the steps when a line is logged."""
+    waits, train_one_epoch = Waits(), train_accelerate.train_one_epoch
 
     def watched(*arguments):
-        with reads:
+        with waits:
             return train_one_epoch(*arguments)
 
     monkeypatch.setattr(train_accelerate, "train_one_epoch", watched)
@@ -200,8 +285,31 @@ def test_a_step_never_waits_for_its_device(train, monkeypatch):
     options = "--workers 1 --opt adamw --clip-grad 1 --model-ema-decay 0.9 --grad-accum-steps 2 --log-interval 4"
     code, _, err = train(*options.split(), "--epochs", "1")
     assert code == 0, err
-    assert reads.by.count("flush") == 3, "the recorder sees them"
-    assert set(reads.by) == {"flush", "end_line", "over", "_get_value"}
+    assert [by for what, by in waits.by if what == "tolist"].count("flush") == 2, "at the line, at the epoch's end"
+    assert not {(what, by) for what, by in waits.by if by not in WHO_MAY}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="asks a GPU itself")
+def test_on_a_gpu_nothing_of_a_step_waits_for_it(train, monkeypatch):
+    train_one_epoch = train_accelerate.train_one_epoch
+
+    def with_mode(mode: str, function: Callable) -> Callable:
+        def changed(*arguments):
+            before = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                return function(*arguments)
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+
+        return changed
+
+    monkeypatch.setattr(train_accelerate, "train_one_epoch", with_mode("error", train_one_epoch))
+    monkeypatch.setattr(FiniteGuard, "flush", with_mode("default", FiniteGuard.flush))
+    monkeypatch.setattr(Progress, "end_line", with_mode("default", Progress.end_line))
+    options = "--no-cpu --clip-grad 1 --model-ema-decay 0.9 --grad-accum-steps 2 --log-interval 4 --epochs 1"
+    code, _, err = train(*options.split())
+    assert code == 0, err
 
 
 # memory

@@ -66,10 +66,11 @@ def recorders(monkeypatch) -> list[Recorder]:
 
 
 def flat(values: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Without lists, which are no numbers to draw."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{name}/")
-        elif value is not None:
+        elif value is not None and not isinstance(value, list):
             yield prefix + name, value
 
 
@@ -82,7 +83,7 @@ def test_a_tracker_gets_every_line_of_the_metrics_at_its_step(train, tmp_path, r
     assert [dict(flat(line)) for line in every] == [dict(step=step) | values for step, values in recorder.logged]
     assert recorder.logged[0][1].keys() > {"train/loss", "train/grad_norm", "lr", "speed/data_wait"}
     assert recorder.logged[1][1].keys() > {"validation/top1", "zoom/x", "epoch"}
-    assert recorder.logged[4][1].keys() == {"test/top1", "test/images"}
+    assert recorder.logged[4][1].keys() == {"planned_steps", "test/top1", "test/images"}
     assert recorder.config["seed"] == 7 and recorder.config["freeze"] == "{}" and recorder.config["tf32"] == "None"
     assert recorder.logging_dir == str(tmp_path / "runs/small")
     assert recorder.finished

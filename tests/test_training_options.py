@@ -42,7 +42,7 @@ from training_runs import (
 from tasn_timm.data.loading import keyed_seed
 from tasn_timm.data.splits import load_splits
 from tasn_timm.errors import UserError
-from tasn_timm.recipe import Recipe
+from tasn_timm.recipe import Recipe, load_recipe
 from tasn_timm.training import accelerator as accelerator_module
 from tasn_timm.training import dry_run, memory
 from tasn_timm.training.accelerator import create_accelerator
@@ -253,6 +253,53 @@ def test_targets_are_mixed_by_the_place_in_the_run_alone(train, monkeypatch):
 
 
 # precision, devices, compilation
+
+
+def test_what_the_launcher_chose_is_written_down_as_used(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    code, _, err = train(*QUICK, "--epochs", "1")
+    assert code == 0, err
+    recipe = load_recipe(str(tmp_path / "runs/small/recipe.yaml"))
+    assert (recipe.mixed_precision, recipe.torchcompile) == ("bf16", "eager")
+
+
+CONFIG_FILE = """
+compute_environment: LOCAL_MACHINE
+distributed_type: 'NO'
+num_processes: 1
+use_cpu: true
+mixed_precision: bf16
+dynamo_config: {dynamo_backend: EAGER}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "options", "used"),
+    [
+        (["--config_file", "{config}"], [], ("bf16", "eager")),
+        (["--config_file", "{config}", "--mixed_precision", "no"], [], ("no", "eager")),
+        (["--config_file", "{config}"], ["--mixed-precision", "no", "--torchcompile", "no"], ("no", "no")),
+        (["--mixed_precision", "bf16", "--cpu"], [], ("bf16", "no")),
+    ],
+    ids=["file", "flag over file", "recipe over file", "flag"],
+)
+def test_accelerates_config_file_and_flags_are_honoured(train, recipe, tmp_path, flags, options, used):
+    (tmp_path / "accelerate.yaml").write_text(CONFIG_FILE)
+    flags = [flag.format(config=tmp_path / "accelerate.yaml") for flag in flags]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, str(SCRIPT), "--recipe", str(recipe)]
+    environment = os.environ | dict(OMP_NUM_THREADS="1", HF_HOME=str(tmp_path / "home"))  # without anybody's defaults
+    result = subprocess.run(
+        [*command, *QUICK, "--epochs", "1", *options], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    recipe = load_recipe(str(tmp_path / "runs/small/recipe.yaml"))
+    assert (recipe.mixed_precision, recipe.torchcompile) == used
+    loss = lines(tmp_path / "runs/small")[0]["train"]["loss"]
+    assert train(*QUICK, "--epochs", "1", "--mixed-precision", "no")[0] == 0
+    exact = lines(tmp_path / "runs/small-1")[0]["train"]["loss"]
+    assert loss == pytest.approx(exact, rel=0.05) and (loss == pytest.approx(exact, rel=1e-6)) == (used[0] == "no")
 
 
 def test_bf16_trains_and_saves_what_float32_scores_alike(train, tmp_path, image_folder):

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("run_dir", metavar="RUN_DIR", type=Path, help="folder of a run that has ended with its test, such as runs/mine")
     add("--repo", required=True, metavar="USER/NAME", help="repository on the Hub; created if it is not there")
     add("--private", action="store_true", help="create it as one that only its owner sees")
-    add("--license", metavar="ID", help="of the weights, such as mit (default: that of the weights it started from)")
+    add("--license", metavar="ID", help="of the weights, such as mit (default: that of those it started from)")
     add("--example", type=Path, metavar="PICTURE", help="picture for the card's figure, which everybody will see")
     add("--dry-run", action="store_true", help="write the repository to a temporary folder, show it, send nothing")
     add("--write-config", action="store_true", help="apply the change to hub_configs/, for models of the paper")
@@ -31,15 +31,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
     from .. import publish
+    from ..finished_run import read_run
     from ..hub_config import HUB_CONFIGS
 
+    publish.check_names(options.repo, options.license)
     if not options.dry_run:
         publish.check_login(options.repo, options.private)
-    finished = publish.read_run(options.run_dir)
+    finished = read_run(options.run_dir)
     config = publish.config_of(finished)
     if options.write_config and config is None:
-        why = f"its options differ: {', '.join(finished.differences)}" if finished.differences else "none is for it"
-        raise UserError(f"--write-config: recipe {finished.name!r} has no file in hub_configs/ ({why}).")
+        but = f", except: {', '.join(finished.differences)}. Leave" if finished.differences else ": leave"
+        raise UserError(
+            f"--write-config: no file in hub_configs/ is for weights of recipe {finished.name!r}{but} it out."
+        )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, options.repo.replace("/", "--"))
         publish.build_repository(finished, folder, options.repo, options.license, options.example)

@@ -190,7 +190,20 @@ def _load_images(folders: dict[str, Path]) -> datasets.DatasetDict:
             raise UserError(f"class folder {str(path)!r} has images in folders of its own: put them into it directly.")
     features = Features(image=Image(), label=ClassLabel(names=names))
     files = {split: f"{escape(str(folder))}/*/**" for split, folder in folders.items()}
-    return load_dataset("imagefolder", data_files=files, features=features, drop_labels=False)
+    with _uncounted():
+        return load_dataset("imagefolder", data_files=files, features=features, drop_labels=False)
+
+
+@contextmanager
+def _uncounted() -> Iterator[None]:
+    """Keep `datasets` from counting a load of local files at its makers' server, which is nobody's business."""
+    from datasets import config
+
+    counted, config.HF_UPDATE_DOWNLOAD_COUNTS = config.HF_UPDATE_DOWNLOAD_COUNTS, False
+    try:
+        yield
+    finally:
+        config.HF_UPDATE_DOWNLOAD_COUNTS = counted
 
 
 def _load_tables(paths: list[Path]) -> Source:

@@ -1,6 +1,7 @@
 """Accelerate, as a recipe and `accelerate launch` want it."""
 
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
@@ -53,6 +54,16 @@ def create_accelerator(recipe: Recipe, other: Recipe | None = None) -> Accelerat
         torch.set_float32_matmul_precision("high" if recipe.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = recipe.tf32
     return accelerator
+
+
+def as_launched(recipe: Recipe, accelerator: Accelerator) -> Recipe:
+    """A recipe with what it had left to accelerate's configuration and launcher.
+
+    Raises:
+        UserError: They want a precision that recipes do not have.
+    """
+    backend = accelerator.state.dynamo_plugin.backend.value.lower()
+    return replace(recipe, mixed_precision=accelerator.mixed_precision, torchcompile=backend)
 
 
 def _check_tracker(tracker: object) -> None:

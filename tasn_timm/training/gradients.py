@@ -39,21 +39,22 @@ class Step(NamedTuple):
 class FiniteGuard:
     """Ends training on all processes before numbers that are not finite reach a checkpoint.
 
-    A CPU knows them before the optimizer step. A GPU computes while the host is ahead, and the host never waits for it:
-    there it is seen before the step after, and the spoiled weights are dropped with the process. In fp16 a gradient
-    that overflows is skipped and the scale lowered, as it is meant to be; a scale below 1 ends training.
+    A CPU knows them before the optimizer step. A GPU computes while the host is ahead, and the host does not wait for
+    it: the steps since the last look are looked at together, where a line is logged and before anything is saved, and
+    the spoiled weights are dropped with the process. In fp16, where the scaler makes the host wait in each step, a
+    gradient that overflows is skipped and the scale lowered, as it is meant to be; a scale below 1 ends training.
 
     Args:
         accelerator: Of the run.
         optimizer: Of the run, prepared.
-        lagging: Look at a step when the next one is there; None: on all devices but CPUs.
+        lagging: Look at steps when `flush` is called; None: on all devices but CPUs.
     """
 
     def __init__(self, accelerator: Accelerator, optimizer: AcceleratedOptimizer, lagging: bool | None = None) -> None:
         self.accelerator = accelerator
         self.optimizer = optimizer
         self.lagging = accelerator.device.type != "cpu" if lagging is None else lagging
-        self.last: tuple[Step, Tensor, torch.cuda.Event | None] | None = None
+        self.steps: list[Step] = []  # since the last look
 
     def marked(self, loss: Tensor) -> Tensor:
         """The loss, whose gradient is NaN, and so after the reduction everybody's, where it is not finite itself."""
@@ -63,39 +64,41 @@ class FiniteGuard:
         """Look at a step whose gradients are computed; to be called by all processes, before the optimizer.
 
         Raises:
-            NumericalError: It, or the last one, was not finite.
+            NumericalError: It, or in fp16 the one before, was not finite.
         """
-        self.flush()
-        finite, event = step.norm.isfinite(), None
-        if finite.is_cuda:
-            finite = torch.empty_like(finite, device="cpu", pin_memory=True).copy_(finite, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self.last = (step, finite, event)
-        if not self.lagging and self.accelerator.scaler is None:
+        if self.accelerator.scaler is not None:
+            self.flush()  # the optimizer knows what became of the one before
+        self.steps.append(step)
+        if self.accelerator.scaler is None and not self.lagging:
             self.flush()
 
     def flush(self) -> None:
-        """Look at the last step, before anything is saved."""
-        if self.last is None:
-            return
-        step, finite, event = self.last
-        self.last = None
-        if self.accelerator.scaler is not None:
-            if not self.optimizer.step_was_skipped or self.accelerator.scaler.get_scale() >= 1:
-                return
-        else:
-            if event is not None:
-                event.synchronize()
-            if finite:
-                return
+        """Look at the steps since the last look; to be called by all processes, between two steps.
+
+        Raises:
+            NumericalError: One was not finite; of several the first is told.
+        """
+        steps, self.steps = self.steps, []
+        for step, is_finite in zip(steps, self._are_finite(steps)):
+            if not is_finite:
+                raise NumericalError(self._report(step))
+
+    def _are_finite(self, steps: list[Step]) -> list[bool]:
+        scaler = self.accelerator.scaler
+        if not steps:
+            return []
+        if scaler is not None:  # has one step at a time
+            return [not self.optimizer.step_was_skipped or scaler.get_scale() >= 1]
+        return torch.stack([step.norm for step in steps]).isfinite().tolist()
+
+    def _report(self, step: Step) -> str:
         mine = [{name: value.item() for name, value in losses.items()} for losses in step.losses]
         gathered = gather_object([(self.accelerator.process_index, mine, step.ids)])
         losses = [values for _, each, _ in gathered for values in each]
         worst = next((v for v in losses if not all(map(math.isfinite, v.values()))), losses[0])
         what = "the loss" if not math.isfinite(worst["loss"]) else "the gradient"
         where = ", ".join(image for _, _, ids in gathered for image in ids)
-        raise NumericalError(
+        return (
             f"{what} is not finite in step {step.number} (epoch {step.epoch}): "
             f"{', '.join(f'{name} {value:g}' for name, value in worst.items())}, gradient norm {step.norm.item():g}, "
             f"learning rate {step.lr:g}, images {where}. Nothing of it was saved: lower lr or set clip_grad and start "

@@ -160,10 +160,17 @@ class Run:
         self.accelerator.wait_for_everyone()
         self.model.load_state_dict(load_file(self.folder / "best" / "model.safetensors"))
 
-    def finish(self, step: int, scores: Scores) -> None:
-        """Log the test scores and write them into the card of best/."""
+    def finish(self, step: int, planned_steps: int, inexact: list[dict[str, list]], scores: Scores) -> None:
+        """Log the test scores, with how training came to this end, and write them into the card of best/.
+
+        Args:
+            step: Of the optimizer, that training ended with.
+            planned_steps: That it would have ended with, had nobody cut it short.
+            inexact: See `TrainingState`.
+            scores: Of the test split.
+        """
         self.test_scores = scores
-        self.log(step, test=scores.metrics)
+        self.log(step, planned_steps=planned_steps, inexact=inexact, test=scores.metrics)
         if not self.accelerator.is_main_process:
             return
         measured = Measured(

@@ -72,8 +72,14 @@ class TrainingState:
         self.position = Position()
         self.progress: Progress | None = None  # of the epoch that has begun
         self.begun: dict | None = None  # averages of an epoch that was resumed
+        self.inexact: list[dict[str, list]] = []  # option -> then and now, of each time that it went on with others
         self.saved = ""
         self.guard = FiniteGuard(accelerator, parts.optimizer)
+
+    @property
+    def planned_steps(self) -> int:
+        """Optimizer steps of all epochs."""
+        return self.epochs * self.plan.steps
 
     @property
     def step(self) -> int:
@@ -120,6 +126,7 @@ class TrainingState:
             best_top1=self.run.best_top1,
             processes=gather_object([mine]),
             identity=self.identity,
+            inexact=self.inexact,
             label_names=self.run.saved_with["label_names"],
         )
         failure = None
@@ -159,12 +166,14 @@ class TrainingState:
         differences = _differences(newest.about["identity"], self.identity)
         if differences and not inexact:
             raise UserError(
-                f"{str(newest.folder)!r} belongs to a run of other settings:\n\n{differences}\n\nStart it as before, "
-                f"leave out --resume for a run of its own, or add --resume-inexact to go on with these."
+                f"{str(newest.folder)!r} belongs to a run of other settings:\n\n{_table(differences)}\n\n"
+                f"Start it as before, leave out --resume for a run of its own, or add --resume-inexact to go on with "
+                f"these."
             )
         if differences:
-            self.accelerator.print(f"resuming inexactly:\n\n{differences}\n")
+            self.accelerator.print(f"resuming inexactly:\n\n{_table(differences)}\n")
         self._restore(newest)
+        self.inexact = [*newest.about["inexact"], *([differences] if differences else [])]
         if self.accelerator.is_main_process:
             self.checkpoints.set_aside(newest.folder.name)
         self.run.restore(newest)
@@ -247,18 +256,20 @@ def _identity(recipe: Recipe, accelerator: Accelerator, data: str) -> dict[str, 
     identity = options | {
         "processes": accelerator.num_processes,
         "device": accelerator.device.type,
-        "mixed_precision": accelerator.mixed_precision,
         "images and labels": data,
     }
     identity |= {f"version of {package}": version(package) for package in PACKAGES}
     return json.loads(json.dumps(identity))
 
 
-def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """A table of what differs; empty where nothing does."""
-    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    if not names:
-        return ""
-    rows = [("", "checkpoint", "now"), *((name, str(then.get(name, "-")), str(now.get(name, "-"))) for name in names)]
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list]:
+    """What differs, by name: then and now; "-" for what was or is not known."""
+    names = {**then, **now}
+    return {name: [then.get(name, "-"), now.get(name, "-")] for name in names if then.get(name) != now.get(name)}
+
+
+def _table(differences: Mapping[str, list]) -> str:
+    """Differences as text."""
+    rows = [("", "checkpoint", "now"), *((name, *map(str, values)) for name, values in differences.items())]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
