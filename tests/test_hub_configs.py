@@ -368,11 +368,12 @@ def test_the_shipped_checkpoint_knows_all_the_birds(no_network):
     assert hashlib.sha256(weights.read_bytes()).hexdigest() == config.tasn.sha256
     model = timm.create_model(SHIPPED, pretrained=True).eval()
     assert list(model.pretrained_cfg["label_names"]) == synthbirds.CLASS_NAMES
-    transform = create_transform(**resolve_model_data_config(model))
+    transform = create_transform(**resolve_model_data_config(model), use_prefetcher=True)  # pixels of uint8
     right = 0
     with torch.inference_mode():
         for start in range(0, 960, 32):
             images = [Image.fromarray(synthbirds.draw("test", index)) for index in range(start, start + 32)]
             labels = torch.arange(start, start + 32) % 24
-            right += int((model(torch.stack([transform(image) for image in images])).argmax(1) == labels).sum())
+            pixels = torch.stack([transform(image) for image in images])
+            right += int((model(pixels).argmax(1) == labels).sum())
     assert round(100 * right / 960, 2) == config.tasn.measured_top1
