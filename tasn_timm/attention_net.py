@@ -259,7 +259,7 @@ def normalize_pixels(resized: Tensor, image: Tensor, config: dict | None, dtype:
         dtype: Of the model.
 
     Raises:
-        UserError: uint8, but there is no mean and std.
+        UserError: uint8, but there is no mean and std, or of other channels.
     """
     if image.dtype != torch.uint8:
         return resized
@@ -267,6 +267,11 @@ def normalize_pixels(resized: Tensor, image: Tensor, config: dict | None, dtype:
         raise UserError(
             "an image of uint8 is normalised with the mean and std of the model's pretrained_cfg, which it does not "
             "have: create it with timm.create_model, or normalise the image."
+        )
+    if len(config["mean"]) != image.shape[1]:
+        raise UserError(
+            f"an image of uint8 has {image.shape[1]} channels, but the model's pretrained_cfg has the mean and std of "
+            f"{len(config['mean'])}: normalise the image."
         )
     precise = resized.to(torch.promote_types(dtype, torch.float32))
     mean, std = (255 * of_channels(config[name], precise) for name in ("mean", "std"))

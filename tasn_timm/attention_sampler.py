@@ -262,8 +262,8 @@ def sample(image: Tensor, grid: Tensor) -> Tensor:
 def sample_pixels(image: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Sample uint8 pixels where columns at x and rows at y cross, without a float copy of the image.
 
-    The same as `sample`, but nearer to the exact result: no position is rounded by [-1, 1]. Rows are picked as they
-    are, and only what is between two of them is computed; then columns.
+    The same as `sample`, but nearer to the exact result: no position is rounded by [-1, 1]. Only the H' rows that are
+    looked at become floating point; then columns are picked from them.
 
     Args:
         image: (B, C, H, W), uint8.
@@ -281,10 +281,10 @@ def sample_pixels(image: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return picked.view(batch, channels, -1, width).to(y)
 
     above, below, part = _neighbours(y, height)
-    rows = torch.lerp(pick(above), pick(below), part[:, None, :, None])
+    rows = pick(above).lerp_(pick(below), part[:, None, :, None])
     left, right, part = _neighbours(x, width)
-    columns = (rows.gather(3, each[:, None, None].expand(-1, *rows.shape[1:3], -1)) for each in (left, right))
-    return torch.lerp(*columns, part[:, None, None])
+    left, right = (rows.gather(3, each[:, None, None].expand(-1, *rows.shape[1:3], -1)) for each in (left, right))
+    return left.lerp_(right, part[:, None, None])
 
 
 class _Sampler(NamedTuple):

@@ -115,12 +115,10 @@ def look(model: nn.Module, photo: Image.Image, *, details: int = DETAILS, max_zo
         sampler if max_zoom is None else _with_cap(sampler, max_zoom)
         for sampler in (model.structure_sampler, model.detail_sampler)
     )
-    features = model.attention_net(image)  # X: (1, C, h, w)
+    features = model.attention_features(image)  # X: (1, C, h, w)
     structure_map, _ = model.trilinear_attention(features)
-    sampled = structure_sampler(image, structure_map)
-    logits = model.heads(model.embed(sampled))
-    mean, std = (torch.tensor(config[name]).view(3, 1, 1).to(image) for name in ("mean", "std"))
-    pixels = (image[0] * std + mean).clamp(0, 1)  # (3, H, W)
+    logits = model.heads(model.embed(model.normalized(structure_sampler(image, structure_map), image)))
+    pixels = image[0] / 255  # (3, H, W)
     chosen = []
     if details and model.part_net:
         maps = channel_maps(model.trilinear_attention, features)[0].nan_to_num().clamp(min=0)
@@ -166,8 +164,8 @@ def to_unit(attention: Tensor) -> Tensor:
 
 
 def _model_input(photo: Image.Image, config: dict) -> tuple[Tensor, tuple[float, float, float, float]]:
-    """The model's input (1, 3, H, W), normalised, and what of the photo it shows."""
-    resize, *others = create_transform(**config).transforms
+    """The model's input (1, 3, H, W), uint8, and what of the photo it shows."""
+    resize, *others = create_transform(**config, use_prefetcher=True).transforms
     resized = resize(photo)
     image = resized
     for transform in others:

@@ -192,11 +192,11 @@ class TASN(BackboneClassifier):
         maps = self.trilinear_attention(features)  # Eq. 2: (B, h, w), (B, parts, h, w)
         structure_map, detail_maps = maps[0], maps[1]
         if not self.training or self.num_classes == 0:
-            return self.heads(self.embed(self._normalized(self.structure_sampler(image, structure_map), image)))
+            return self.heads(self.embed(self.normalized(self.structure_sampler(image, structure_map), image)))
 
         views = [self.structure_sampler(image, structure_map)] if self.master_net else []  # I_s: (B, 3, H', W')
         views += [self.detail_sampler(image, detail_maps[:, i]) for i in range(self.trilinear_attention.parts)]  # I_d
-        pooled = self.embed(self._normalized(torch.cat(views), image))  # one batch: shared weights and BN statistics
+        pooled = self.embed(self.normalized(torch.cat(views), image))  # one batch: shared weights and BN statistics
         first = image.shape[0] if self.master_net else 0
         logits = self.heads.forward_views(
             pooled[:first] if self.master_net else None, pooled[first:] if self.part_net else None
@@ -206,19 +206,20 @@ class TASN(BackboneClassifier):
 
     def attention_features(self, image: Tensor) -> Tensor:
         """The attention net's features X (B, C, h, w) of an image (B, 3, H, W)."""
-        return self.attention_net(self._normalized(resize_image(image, self.attention_net.input_size), image))
+        return self.attention_net(self.normalized(resize_image(image, self.attention_net.input_size), image))
 
     def sample(self, image: Tensor) -> Tensor:
         """The structure-preserved image I_s (B, 3, H', W') of an image (B, 3, H, W), normalised."""
         maps = self.trilinear_attention(self.attention_features(image))
-        return self._normalized(self.structure_sampler(image, maps[0]), image)
+        return self.normalized(self.structure_sampler(image, maps[0]), image)
 
     def sampling_grid(self, image: Tensor) -> Tensor:
         """Where each pixel of the structure-preserved image looks: (B, H', W', 2), see `attention_grid`."""
         maps = self.trilinear_attention(self.attention_features(image))
         return self.structure_sampler.grid(maps[0], tuple(image.shape[-2:]))
 
-    def _normalized(self, resized: Tensor, image: Tensor) -> Tensor:
+    def normalized(self, resized: Tensor, image: Tensor) -> Tensor:
+        """What was resized or sampled of an image, (B, 3, h, w), normalised if the image is pixels of uint8."""
         config = getattr(self, "pretrained_cfg", None)
         return normalize_pixels(resized, image, config, self.attention_net.norm.weight.dtype)
 

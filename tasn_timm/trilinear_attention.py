@@ -3,7 +3,7 @@
 Every formula of Table 2 has the form M = R(X) X: row i of R(X) says how much each channel contributes to map i, and it
 depends on channel i and on X alone. The sampler needs only the average of the maps and a few single ones. So
 `structure_and_detail_maps` weighs the rows before the last product, and takes them block by block: neither the C maps
-nor the C x C relation are ever built.
+nor the C x C relation are ever built (but for the search for repeated maps with formulas without N(X)).
 """
 
 import math

@@ -13,6 +13,7 @@ from tasn_timm.attention_sampler import attention_grid, attention_sample, image_
 from tasn_timm.data.synthbirds import draw
 from tasn_timm.errors import UserError
 from tasn_timm.gaze import View, _model_input, _most_different, look
+from tasn_timm.predict import predict
 from tasn_timm.trilinear_attention import trilinear_attention
 
 SMALL = dict(backbone="test_resnet", sample_size=24, attention_net="tiny", relation_scale=10.0, num_classes=5)
@@ -40,14 +41,16 @@ def noise(width: int, height: int) -> Image.Image:
 @torch.inference_mode()
 def test_it_is_what_the_model_computes(model, bird):
     config = resolve_model_data_config(model)
-    image = create_transform(**config)(bird)[None]
+    image = create_transform(**config, use_prefetcher=True)(bird)[None]
     mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
     gaze = look(model, bird)
+    (prediction,) = predict(model, [bird], topk=24)
+    assert sorted(gaze.probabilities.tolist()) == pytest.approx(sorted(prediction.probabilities), abs=1e-6)
     torch.testing.assert_close(gaze.probabilities, model(image).softmax(1)[0])
     torch.testing.assert_close(gaze.pixels, torch.from_numpy(np.array(bird)).movedim(2, 0) / 255, atol=1e-5, rtol=0)
     torch.testing.assert_close(gaze.structure.pixels, model.sample(image)[0] * std + mean, atol=1e-5, rtol=0)
     assert torch.equal(gaze.structure.grid, model.sampling_grid(image)[0])
-    torch.testing.assert_close(gaze.features, model.attention_net(image)[0])
+    torch.testing.assert_close(gaze.features, model.attention_features(image)[0])
     assert (gaze.structure.attention.amax(), gaze.structure.attention.amin()) == (1, 0)
 
 

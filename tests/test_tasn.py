@@ -92,6 +92,12 @@ def test_pixels_of_uint8_fit_a_model_in_bfloat16():
     assert model.sample(pixels(160)).dtype == torch.bfloat16
 
 
+def test_pixels_of_uint8_have_the_channels_of_the_mean():
+    model = timm.create_model("tasn", **TINY, in_chans=1).eval()
+    with pytest.raises(ValueError, match="an image of uint8 has 1 channels, but .* mean and std of 3: normalise"):
+        model(pixels(96)[:, :1])
+
+
 def test_pixels_of_uint8_need_a_mean_and_std():
     with pytest.raises(ValueError, match=r"an image of uint8 is normalised with the mean and std .* timm.create_model"):
         tiny().eval()(pixels(64))

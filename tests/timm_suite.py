@@ -29,9 +29,6 @@ import tasn_timm  # noqa: E402, F401 - registers
 OURS = set(timm.list_models()) - STOCK
 # To tasn_lite_resnet50 they are what the published ones are to theirs.
 ALIKE = {"tasn_lite_resnet101", "tasn_lite_convnext_tiny"}
-    "tasn_lite_resnet101",
-    "tasn_lite_convnext_tiny",
-}  # to tasn_lite_resnet50 what the published ones are to theirs
 list_all = timm.list_models
 
 

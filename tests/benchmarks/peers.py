@@ -57,9 +57,7 @@ def maps(rounds: int) -> None:
     torch.testing.assert_close(contenders["fused"]()[0], dense()[0], rtol=1e-5, atol=1e-6)
     seconds = in_turns(contenders, rounds)
     peaks = {name: peak_bytes(function) for name, function in contenders.items()}
-    table(
-        "Maps of 96 x 512 x 28 x 28", seconds, "dense", {name: f"{peak / 1e6:.0f} MB" for name, peak in peaks.items()}
-    )
+    table("Maps of 96 x 512 x 28 x 28", seconds, "dense", peaks)
     bar("dense / fused, time", ratio(seconds, "dense", "fused"), 1.5, at_least=True)
     bar("fused / dense, extra memory", [peaks["fused"] / peaks["dense"]], 0.5)
 
