@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator
@@ -33,11 +34,11 @@ def _one_thread():
 @pytest.fixture(scope="session")
 def asked_elsewhere() -> Iterator[list[str]]:
     """Other machines that somebody has asked for; nobody reaches them."""
-    asked, here = [], {"localhost", "127.0.0.1", "::1", "0.0.0.0", "", None, socket.gethostname()}
+    asked, here = [], {"localhost", "::1", "0.0.0.0", "", None, socket.gethostname()}
     look_up, connect = socket.getaddrinfo, socket.socket.connect
 
     def check(host: str | None) -> None:
-        if host not in here:
+        if host not in here and not re.fullmatch(r"127(\.\d+){3}", str(host)):
             if not str(host).endswith(".127.0.0.1"):  # `datasets` asks the tests' Hub for a viewer, and it has none
                 asked.append(str(host))
             raise OSError(f"tests do not leave this machine, for {host}")

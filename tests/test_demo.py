@@ -67,7 +67,7 @@ def a_png_of(width: int, height: int) -> bytes:
 @torch.inference_mode()
 def test_the_answer_is_the_models(model, files):
     found = demo.answer(model, files[4])
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), use_prefetcher=True)
     probabilities = model(transform(Image.open(files[4]))[None]).softmax(1)[0]
     np.testing.assert_allclose(list(found.probabilities.values()), probabilities, rtol=1e-5)
     assert list(found.probabilities) == list(model.pretrained_cfg["label_names"])

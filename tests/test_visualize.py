@@ -253,7 +253,7 @@ def test_the_command_writes_each_figure(visualize, bird, tmp_path, figure, endin
     code, out, err = visualize(*arguments, "--figure", figure, "--output", output)
     assert code == 0, err
     assert output.read_bytes().startswith(BEGINNINGS[ending.lower()])
-    lines = [] if figure == "curves" else ["bird.png: russet hook-beak eye-ring one-bar edge-tail, 96.9 %"]
+    lines = [] if figure == "curves" else ["bird.png: russet hook-beak eye-ring one-bar edge-tail, 96.6 %"]
     assert out.splitlines() == [*lines, str(output)]
     assert not list(tmp_path.glob(".*")), "nothing is left beside it"
 
