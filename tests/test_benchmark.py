@@ -445,7 +445,7 @@ def test_what_could_not_be_measured_is_a_gap_in_the_plot(tmp_path):
         for size in (1, 4)
         for series in ("tasn", "plain")
     ]
-    cost_plot.draw(points, "title", "subtitle", tmp_path / "cost.png")
+    cost_plot.draw(points, "no $x_$ formula", "nor $x_$ here", tmp_path / "cost.png")
     assert [path.name for path in tmp_path.iterdir()] == ["cost.png"]
 
 

@@ -266,6 +266,17 @@ def test_without_output_the_file_has_the_figures_name(visualize, bird, tmp_path)
     assert width > 1.5 * height, "two rows of four"
 
 
+@pytest.mark.parametrize("figure", ["attention", "curves"])
+def test_dollars_in_names_are_no_formulas(visualize, bird, tmp_path, figure):
+    name = "cost_$5_and_$6"
+    if figure == "curves":
+        arguments = [write_metrics(tmp_path / name, METRICS)]
+    else:
+        arguments = ["tasn_tiny", bird.rename(tmp_path / f"{name}.png"), "--parts", "0"]
+    code, _, err = visualize(*arguments, "--figure", figure)
+    assert code == 0, err
+
+
 def test_what_a_model_does_not_have_is_said(visualize, bird, saved):
     folder = saved(part_net=False, sampler="saliency")
     code, out, _ = visualize(folder, bird)
