@@ -1,6 +1,7 @@
 """The figures show the numbers that they say they show, and the command draws them for any model or says why not."""
 
 import dataclasses
+import errno
 import json
 import sys
 from pathlib import Path
@@ -334,6 +335,16 @@ def test_an_interrupted_command_leaves_the_older_file(visualize, bird, monkeypat
     assert visualize("tasn_tiny", bird)[0] == 130
     assert [path.name for path in Path.cwd().iterdir()] == ["attention.png"]
     assert Path("attention.png").read_text() == "older"
+
+
+def test_what_goes_wrong_before_the_file_is_not_laid_on_it(visualize, bird, monkeypatch):
+    def fail(*arguments, **options):
+        assert not list(Path.cwd().iterdir()), "a kill here would leave it"
+        raise PermissionError(errno.EACCES, "Permission denied", "weights")
+
+    monkeypatch.setattr("tasn_timm.hub.load_model", fail)
+    code, _, err = visualize("tasn_tiny", bird)
+    assert (code, "'weights': Permission denied" in err, "--output" in err) == (2, True, False)
 
 
 def test_without_matplotlib_the_extra_is_named(visualize, bird, monkeypatch):
