@@ -20,6 +20,7 @@ from .data.decoding import UnreadableImage, claimed_size, decode, read
 from .errors import UserError
 from .gaze import check, look
 from .hub import load_model, trained_on
+from .predict import label_names
 from .tasn import TASN
 from .visualize import framed, panels, side_by_side, to_picture
 
@@ -64,7 +65,7 @@ def answer(model: TASN, file: str | Path, max_zoom: float | None = None) -> Answ
         for view in gaze.details
     ]
     captions = [f"part {number} of {len(details)}" for number in range(1, len(details) + 1)]
-    probabilities = dict(zip(_names(model), gaze.probabilities.tolist()))
+    probabilities = dict(zip(label_names(model), gaze.probabilities.tolist()))
     return Answer(probabilities, attention, structure, list(zip(details, captions)))
 
 
@@ -77,7 +78,7 @@ def build_page(model: TASN, title: str, examples: Sequence[str | Path] = ()) -> 
         examples: Files of pictures to try.
 
     Raises:
-        UserError: The model is no TASN, or has other channels than a picture's three.
+        UserError: The model is no TASN, has other channels than a picture's three, or no name for each class.
     """
     check(model)
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
@@ -218,15 +219,11 @@ def _photo(path: Path) -> Image.Image:
         raise UserError(f"the picture cannot be read ({error}): give another one.") from error
 
 
-def _names(model: TASN) -> Sequence[str]:
-    return model.pretrained_cfg.get("label_names") or [f"class {number}" for number in range(model.num_classes)]
-
-
 def _introduction(model: TASN, title: str) -> str:
     large, small = (" x ".join(map(str, size)) for size in (model.pretrained_cfg["input_size"][1:], model.sample_size))
     return (
-        f"# What does {title} look at?\n\nIt knows {model.num_classes} classes, and gives one of their names to any "
-        f"picture. Of {large} pixels it samples {small} for its backbone, most of them where its attention is."
+        f"# What does {title} look at?\n\nIt knows {len(label_names(model))} classes, and gives one of their names to "
+        f"any picture. Of {large} pixels it samples {small} for its backbone, most of them where its attention is."
     )
 
 

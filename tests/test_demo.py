@@ -145,6 +145,17 @@ def test_models_that_cannot_be_shown_are_refused():
         demo.build_page(timm.create_model("test_resnet"), "mine")
 
 
+@pytest.mark.parametrize("names", [["a", "b"], ["a", "b", "c", "d", "d"]])
+def test_no_class_is_dropped_for_lack_of_a_name(files, names):
+    small = dict(backbone="test_resnet", sample_size=24, attention_net="tiny", num_classes=5)
+    model = timm.create_model("tasn", **small).eval()
+    model.pretrained_cfg = model.pretrained_cfg | dict(label_names=names)
+    with pytest.raises(UserError, match=f"has 5 classes, but {len(set(names))} different label_names"):
+        demo.answer(model, files[4])
+    with pytest.raises(UserError, match="label_names"):
+        demo.build_page(model, "mine")
+
+
 def probabilities_of(label: dict) -> dict[str, float]:
     return {one["label"]: one["confidence"] for one in label["confidences"]}
 

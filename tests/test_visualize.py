@@ -20,7 +20,7 @@ from tasn_timm.data.synthbirds import draw
 from tasn_timm.errors import UserError, run_command
 from tasn_timm.figures import _choose_channels, attention_figure, channels_figure, sampling_figure
 from tasn_timm.gaze import look
-from tasn_timm.hub import save_folder
+from tasn_timm.hub import load_model, save_folder
 from tasn_timm.trilinear_attention import trilinear_attention
 from tasn_timm.visualize import HIGH, LOW, overlaid
 
@@ -286,6 +286,15 @@ def test_what_a_model_does_not_have_is_said(visualize, bird, saved):
     assert code == 0 and "without (b) and (c): the saliency sampler has no marginals" in out
     code, _, err = visualize(folder, bird, "--parts", "2")
     assert code == 2 and "has no part net, so no detail images: leave it out" in err
+
+
+def test_a_missing_name_of_a_class_is_told(visualize, bird, saved, monkeypatch):
+    folder = saved()
+    model = load_model(str(folder))
+    model.pretrained_cfg = model.pretrained_cfg | dict(label_names=["a"])
+    monkeypatch.setattr("tasn_timm.hub.load_model", lambda source: model)
+    code, _, err = visualize(folder, bird)
+    assert code == 2 and "has 5 classes, but 1 different label_names: correct its config.json" in err
 
 
 def test_self_attention_has_no_channels_to_compare(visualize, bird, saved):

@@ -126,6 +126,7 @@ def _read(path: Path) -> Image.Image:
 
 def _caption(model: TASN, gaze: Gaze, path: Path) -> str:
     """The most likely class."""
+    from ..predict import label_names
+
     probability, number = gaze.probabilities.max(0)
-    names = model.pretrained_cfg.get("label_names")
-    return f"{path.name}: {names[number] if names else f'class {number}'}, {100 * probability:.1f} %"
+    return f"{path.name}: {label_names(model)[number]}, {100 * probability:.1f} %"
