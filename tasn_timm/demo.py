@@ -206,14 +206,14 @@ def _uploaded(payload: ImageData | None) -> str | None:
 
 
 def _photo(path: Path) -> Image.Image:
+    limits = f"make it smaller, at most {MAX_PIXELS / 1e6:.0f} megapixels and {MAX_BYTES / 2**20:.0f} MB"
+    if path.is_file() and (size := path.stat().st_size) > MAX_BYTES:
+        raise UserError(f"the picture has {size / 2**20:.1f} MB: {limits}.")
     try:
         data = read(dict(bytes=None, path=str(path)))
         width, height = claimed_size(data)
-        if len(data) > MAX_BYTES or width * height > MAX_PIXELS:
-            raise UserError(
-                f"the picture has {width} x {height} pixels and {len(data) / 2**20:.1f} MB: make it smaller, at most "
-                f"{MAX_PIXELS / 1e6:.0f} megapixels and {MAX_BYTES / 2**20:.0f} MB."
-            )
+        if width * height > MAX_PIXELS:
+            raise UserError(f"the picture has {width} x {height} pixels: {limits}.")
         return decode(dict(bytes=data, path=None))
     except UnreadableImage as error:
         raise UserError(f"the picture cannot be read ({error}): give another one.") from error

@@ -104,7 +104,7 @@ def test_the_cap_changes_the_answer_and_not_the_model(model, files):
     [
         (b"no picture", "the picture cannot be read .not an image.*give another one"),
         (b"", "the file is empty"),
-        (a_png_of(8000, 6000), "has 8000 x 6000 pixels and 0.0 MB: make it smaller, at most 40 megapixels and 20 MB"),
+        (a_png_of(8000, 6000), "has 8000 x 6000 pixels: make it smaller, at most 40 megapixels and 20 MB"),
         (a_png_of(100_000, 100_000), "the picture cannot be read .*give another one"),
         (a_png_of(20, 10), "the picture cannot be read"),
     ],
@@ -116,9 +116,10 @@ def test_what_is_too_large_or_no_picture_is_refused(model, tmp_path, content, me
         demo.answer(model, tmp_path / "file.png")
 
 
-def test_a_file_of_too_many_bytes_is_refused(model, files, tmp_path):
+def test_a_file_of_too_many_bytes_is_refused_unread(model, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "read", lambda image: pytest.fail("20 MB may be 20 GB"))
     (tmp_path / "padded.png").write_bytes(files[4].read_bytes() + bytes(demo.MAX_BYTES))
-    with pytest.raises(UserError, match="has 192 x 192 pixels and 20.1 MB: make it smaller"):
+    with pytest.raises(UserError, match="has 20.1 MB: make it smaller, at most 40 megapixels and 20 MB"):
         demo.answer(model, tmp_path / "padded.png")
 
 
