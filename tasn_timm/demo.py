@@ -184,7 +184,11 @@ def launch(
                 pwa=False,
             )
         except OSError as error:
-            raise UserError(f"the page cannot be served ({error}): choose another --host or --port.") from error
+            asked = [f"--{name} {value}" for name, value in dict(host=host, port=port).items() if value is not None]
+            raise UserError(
+                f"the page cannot be served at {' '.join(asked) or 'its usual address'}, which is taken or not this "
+                f"machine's: choose another --host or --port."
+            ) from error
     print(f"{source}: {page.share_url or page.local_url}", flush=True)
     if block:
         _wait(page)
