@@ -97,6 +97,7 @@ def build_page(model: TASN, title: str, examples: Sequence[str | Path] = ()) -> 
         with gr.Column(visible=False) as parts:
             part = gr.Slider(1, PARTS, value=1, step=1, label="Part", info=PART_INFO, interactive=True)
             details = gr.Gallery(
+                label="Details",
                 show_label=False,
                 preview=True,
                 object_fit="contain",
@@ -249,7 +250,8 @@ def _picture(title: str) -> gr.Image:
     """A place for a picture, its title above and not on it."""
     with gr.Column(min_width=140):
         gr.Markdown(f"**{title}**")
-        return gr.Image(show_label=False, interactive=False, format="png", buttons=["fullscreen"], alt_text=title)
+        hidden = dict(label=title, show_label=False)  # but over HTTP, where it is the name of the output
+        return gr.Image(**hidden, interactive=False, format="png", buttons=["fullscreen"], alt_text=title)
 
 
 def _select(part: int) -> gr.Gallery:

@@ -192,6 +192,12 @@ def test_over_http_mistakes_are_told(url, files, tmp_path):
         client.predict(handle_file(tmp_path / "large.png"), 4.0, api_name="/look")
 
 
+def test_over_http_what_is_returned_has_names(url):
+    (endpoint,) = Client(url, verbose=False).view_api(return_format="dict")["named_endpoints"].values()
+    names = ["Most likely classes", "Where it looks", "What it sees", "Part", "Details"]
+    assert [each["label"] for each in endpoint["returns"]] == names
+
+
 def test_without_a_picture_nothing_is_shown(url):
     classes, *_ = Client(url, verbose=False).predict(None, 4.0, api_name="/look")
     assert not classes
