@@ -146,8 +146,10 @@ def test_files_are_there_whole_or_not_at_all(tmp_path):
             check_outputs(class_csv=path)
         with pytest.raises(UserError, match=f"--csv '.*' cannot be written .*{reason}"):
             write_whole(path, "text", "--csv")
-    with pytest.raises(UserError, match="--json and --csv name the same file twice"):
+    with pytest.raises(UserError, match="--json and --csv name the same file"):
         check_outputs(json=file, csv=file)
+    with pytest.raises(UserError, match="^--json and --class-csv name the same file: give each a file of its own.$"):
+        check_outputs(json=Path("-"), csv=None, class_csv=Path("-"), panel=tmp_path / "y.png")
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
