@@ -33,11 +33,6 @@ ARGUMENTS += "--disable-component-update --disable-sync".split()
 
 
 @pytest.fixture(scope="module")
-def model():
-    return timm.create_model("tasn_tiny", pretrained=True).eval()
-
-
-@pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[int, Path]:
     """Birds by their index."""
     folder = tmp_path_factory.mktemp("birds")

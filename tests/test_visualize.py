@@ -33,11 +33,6 @@ def create(**arguments) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def model():
-    return timm.create_model("tasn_tiny", pretrained=True).eval()
-
-
-@pytest.fixture(scope="module")
 def gaze(model):
     return look(model, Image.fromarray(draw("test", 4)), details=3)
 
