@@ -27,6 +27,7 @@ from .attention_net import backbone_cfg
 from .classifier import SECOND_ORDER, BackboneClassifier
 from .data.transforms import Normalize
 from .errors import UserError
+from .memory import lacks_memory
 from .task import create_task
 from .tasn import TASN
 
@@ -343,7 +344,7 @@ class Cell:
 
 
 def _failure(error: Exception) -> str:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+    if lacks_memory(error):
         return "out of memory"
     if "more than 1 value per channel" in str(error):  # one position left of one picture
         return "batch too small for BatchNorm"

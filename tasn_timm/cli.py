@@ -1,6 +1,7 @@
 """python -m tasn_timm COMMAND."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -76,7 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run, parser=command)
+    arguments = sys.argv[1:] if arguments is None else arguments
     options, unknown = parser.parse_known_args(arguments)
-    if unknown:  # told by the command's own parser, whose --help has the options
-        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if strange := [each for each in unknown if each.startswith("-")]:
+        options.parser.error(f"unrecognized arguments: {' '.join(strange)}")  # whose --help has the options
+    if unknown:  # those after options, which argparse gathers for parsers without sub-parsers alone
+        options = options.parser.parse_intermixed_args(arguments[1:])
     options.run(options)

@@ -125,8 +125,8 @@ def draw(points: list[dict], title: str, subtitle: str, path: Path) -> None:
     grid[1, 0].set_xlabel("pictures in the batch", color=INK)
     grid[1, 1].set_xlabel("sampled pixels of a picture", color=INK)
     grid[0, 0].legend(loc="upper left", frameon=False, labelcolor=INK)
-    figure.suptitle(title, fontsize=14, fontweight="bold", color=INK)
-    figure.supxlabel(subtitle, fontsize=8.5, color=FAINT)
+    figure.suptitle(title, fontsize=14, fontweight="bold", color=INK, parse_math=False)  # may have a $
+    figure.supxlabel(subtitle, fontsize=8.5, color=FAINT, parse_math=False)
     with completing(path, "--plot") as aside:
         figure.savefig(aside, format="png", dpi=200)
 

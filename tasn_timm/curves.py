@@ -63,7 +63,7 @@ def curves_figure(lines: list[Line], title: str) -> Figure:
         draw(axes, lines)
     for axes in grid[len(drawn) :]:
         axes.remove()
-    figure.suptitle(title, fontsize=11, color=INK)
+    figure.suptitle(title, fontsize=11, color=INK, parse_math=False)  # may have a $
     return figure
 
 

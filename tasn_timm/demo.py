@@ -20,6 +20,7 @@ from .data.decoding import UnreadableImage, claimed_size, decode, read
 from .errors import UserError
 from .gaze import check, look
 from .hub import load_model, trained_on
+from .predict import label_names
 from .tasn import TASN
 from .visualize import framed, panels, side_by_side, to_picture
 
@@ -64,7 +65,7 @@ def answer(model: TASN, file: str | Path, max_zoom: float | None = None) -> Answ
         for view in gaze.details
     ]
     captions = [f"part {number} of {len(details)}" for number in range(1, len(details) + 1)]
-    probabilities = dict(zip(_names(model), gaze.probabilities.tolist()))
+    probabilities = dict(zip(label_names(model), gaze.probabilities.tolist()))
     return Answer(probabilities, attention, structure, list(zip(details, captions)))
 
 
@@ -77,7 +78,7 @@ def build_page(model: TASN, title: str, examples: Sequence[str | Path] = ()) -> 
         examples: Files of pictures to try.
 
     Raises:
-        UserError: The model is no TASN, or has other channels than a picture's three.
+        UserError: The model is no TASN, has other channels than a picture's three, or no name for each class.
     """
     check(model)
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
@@ -96,6 +97,7 @@ def build_page(model: TASN, title: str, examples: Sequence[str | Path] = ()) -> 
         with gr.Column(visible=False) as parts:
             part = gr.Slider(1, PARTS, value=1, step=1, label="Part", info=PART_INFO, interactive=True)
             details = gr.Gallery(
+                label="Details",
                 show_label=False,
                 preview=True,
                 object_fit="contain",
@@ -183,7 +185,11 @@ def launch(
                 pwa=False,
             )
         except OSError as error:
-            raise UserError(f"the page cannot be served ({error}): choose another --host or --port.") from error
+            asked = [f"--{name} {value}" for name, value in dict(host=host, port=port).items() if value is not None]
+            raise UserError(
+                f"the page cannot be served at {' '.join(asked) or 'its usual address'}, which is taken or not this "
+                f"machine's: choose another --host or --port."
+            ) from error
     print(f"{source}: {page.share_url or page.local_url}", flush=True)
     if block:
         _wait(page)
@@ -205,28 +211,24 @@ def _uploaded(payload: ImageData | None) -> str | None:
 
 
 def _photo(path: Path) -> Image.Image:
+    limits = f"make it smaller, at most {MAX_PIXELS / 1e6:.0f} megapixels and {MAX_BYTES / 2**20:.0f} MB"
+    if path.is_file() and (size := path.stat().st_size) > MAX_BYTES:
+        raise UserError(f"the picture has {size / 2**20:.1f} MB: {limits}.")
     try:
         data = read(dict(bytes=None, path=str(path)))
         width, height = claimed_size(data)
-        if len(data) > MAX_BYTES or width * height > MAX_PIXELS:
-            raise UserError(
-                f"the picture has {width} x {height} pixels and {len(data) / 2**20:.1f} MB: make it smaller, at most "
-                f"{MAX_PIXELS / 1e6:.0f} megapixels and {MAX_BYTES / 2**20:.0f} MB."
-            )
+        if width * height > MAX_PIXELS:
+            raise UserError(f"the picture has {width} x {height} pixels: {limits}.")
         return decode(dict(bytes=data, path=None))
     except UnreadableImage as error:
         raise UserError(f"the picture cannot be read ({error}): give another one.") from error
 
 
-def _names(model: TASN) -> Sequence[str]:
-    return model.pretrained_cfg.get("label_names") or [f"class {number}" for number in range(model.num_classes)]
-
-
 def _introduction(model: TASN, title: str) -> str:
     large, small = (" x ".join(map(str, size)) for size in (model.pretrained_cfg["input_size"][1:], model.sample_size))
     return (
-        f"# What does {title} look at?\n\nIt knows {model.num_classes} classes, and gives one of their names to any "
-        f"picture. Of {large} pixels it samples {small} for its backbone, most of them where its attention is."
+        f"# What does {title} look at?\n\nIt knows {len(label_names(model))} classes, and gives one of their names to "
+        f"any picture. Of {large} pixels it samples {small} for its backbone, most of them where its attention is."
     )
 
 
@@ -248,7 +250,8 @@ def _picture(title: str) -> gr.Image:
     """A place for a picture, its title above and not on it."""
     with gr.Column(min_width=140):
         gr.Markdown(f"**{title}**")
-        return gr.Image(show_label=False, interactive=False, format="png", buttons=["fullscreen"], alt_text=title)
+        hidden = dict(label=title, show_label=False)  # but over HTTP, where it is the name of the output
+        return gr.Image(**hidden, interactive=False, format="png", buttons=["fullscreen"], alt_text=title)
 
 
 def _select(part: int) -> gr.Gallery:

@@ -52,7 +52,7 @@ def attention_figure(gazes: Sequence[Gaze], captions: Sequence[str]) -> Figure:
             axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, edgecolor=colour, linewidth=3))
         for axes in row[4 + len(gaze.details) :]:
             axes.remove()
-        row[0].set_xlabel(textwrap.fill(caption, WRAPPED), fontsize=8, color=INK)
+        row[0].set_xlabel(textwrap.fill(caption, WRAPPED), fontsize=8, color=INK, parse_math=False)  # may have a $
     titles = ["photograph", "attention", "structure-preserved", "plain resize"]
     for axes, title in zip(grid[0], titles + ["detail-preserved"] * (columns - len(titles))):
         axes.set_title(title, fontsize=9, color=INK)

@@ -79,12 +79,15 @@ def check_writable(path: Path | None, option: str) -> None:
 
 def check_outputs(**paths: Path | None) -> None:
     """`check_writable` for several options by their names, of which one at most may be standard output."""
+    given: dict[Path, list[str]] = {}
     for name, path in paths.items():
-        check_writable(path, f"--{name.replace('_', '-')}")
-    given = [path.absolute() for path in paths.values() if path is not None]
-    if len(set(given)) < len(given):
-        options = " and ".join(f"--{name.replace('_', '-')}" for name, path in paths.items() if path is not None)
-        raise UserError(f"{options} name the same file twice: give each a file of its own.")
+        option = f"--{name.replace('_', '-')}"
+        check_writable(path, option)
+        if path is not None:
+            given.setdefault(path.absolute(), []).append(option)
+    for options in given.values():
+        if len(options) > 1:
+            raise UserError(f"{' and '.join(options)} name the same file: give each a file of its own.")
 
 
 def write_text(path: Path | None, text: str, option: str) -> None:

@@ -1,7 +1,7 @@
 """What commands say when memory runs out."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -15,8 +15,11 @@ def lacks_memory(error: Exception) -> bool:
 
 
 @contextmanager
-def smaller_batches(batch_size: int, device: torch.device) -> Iterator[None]:
-    """Within it, a command that runs out of memory says to use a smaller --batch-size.
+def lack_of_memory(say: Callable[[], str]) -> Iterator[None]:
+    """Within it, running out of memory is told.
+
+    Args:
+        say: Gives the message; called where it happened.
 
     Raises:
         UserError: Out of memory.
@@ -26,5 +29,13 @@ def smaller_batches(batch_size: int, device: torch.device) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
             raise
-        advice = "use a smaller --batch-size" if batch_size > 1 else "use another machine"
-        raise UserError(f"out of memory with --batch-size {batch_size} on {device}: {advice}.") from error
+        raise UserError(say()) from error
+
+
+def smaller_batches(batch_size: int, device: torch.device) -> AbstractContextManager[None]:
+    """Make a context within which a command that runs out of memory says to use a smaller --batch-size.
+
+    It raises a UserError when out of memory.
+    """
+    advice = "use a smaller --batch-size" if batch_size > 1 else "use another machine"
+    return lack_of_memory(lambda: f"out of memory with --batch-size {batch_size} on {device}: {advice}.")

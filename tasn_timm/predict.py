@@ -99,7 +99,7 @@ def label_names(model: nn.Module) -> list[str]:
         model: timm model.
 
     Raises:
-        UserError: It has no classifier, not as many names as classes, or takes images of other channels than 3.
+        UserError: It has no classifier, not a name of its own for each class, or takes images of other channels than 3.
     """
     cfg, classes = model.pretrained_cfg, model.num_classes
     if not classes:
@@ -107,8 +107,10 @@ def label_names(model: nn.Module) -> list[str]:
     if getattr(model, "in_chans", 3) != 3:
         raise UserError(f"the model takes {model.in_chans} channels, but pictures have 3 here: give another model.")
     names = cfg.get("label_names")
-    if names and len(names) != classes:
-        raise UserError(f"the model has {classes} classes, but {len(names)} label_names: correct its config.json.")
+    if names and not classes == len(names) == len(set(names)):
+        raise UserError(
+            f"the model has {classes} classes, but {len(set(names))} different label_names: correct its config.json."
+        )
     if names:
         return list(names)
     subset = infer_imagenet_subset(model) if ON_IMAGENET.search(cfg.get("tag") or "") else None

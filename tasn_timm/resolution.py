@@ -52,6 +52,7 @@ def set_resolution(model: nn.Module, resolution: Resolution, source: str) -> Non
         UserError: The model does not take this resolution.
     """
     own = model.pretrained_cfg["input_size"]
+    trained = Resolution(own[1], model.sample_size[0] if isinstance(model, TASN) else None)
     seen = (resolution.input, resolution.input)
     if isinstance(model, TASN):
         if resolution.sampled:
@@ -71,5 +72,6 @@ def set_resolution(model: nn.Module, resolution: Resolution, source: str) -> Non
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"--resolution {resolution}: model {source!r} does not take {seen[0]} x {seen[1]} pixels ({reason})."
+            f"--resolution {resolution}: model {source!r} does not take {seen[0]} x {seen[1]} pixels ({reason}): give "
+            f"{trained}, its own, or another size that its backbone takes (a ViT, multiples of its patches' side)."
         ) from error

@@ -92,6 +92,12 @@ def image_folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    """The checkpoint that ships with the package."""
+    return timm.create_model("tasn_tiny", pretrained=True).eval()
+
+
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch):
     """A warm Hub cache without a network: `hub_cache(model)` stores a timm model as its published weights."""

@@ -437,6 +437,14 @@ def test_a_sweep_is_measured_and_drawn(short_sweep, tmp_path, capsys):
     assert f"{path} written" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("arguments", ["--mode inference --batch-size 1", "--plot cost.png"])
+def test_json_on_standard_output_is_alone_there(short_sweep, tmp_path, capsys, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    cli.main(["benchmark", "tasn_tiny", "--device", "cpu", "--rounds", "1", "--json", "-", *arguments.split()])
+    assert set(json.loads(capsys.readouterr().out)) > {"machine", "left_out"}
+    assert not (tmp_path / "-").exists()
+
+
 def test_what_could_not_be_measured_is_a_gap_in_the_plot(tmp_path):
     shared = dict(series="tasn", sample_size=48, flops=10, median_seconds=1.0)
     points = [
@@ -445,7 +453,7 @@ def test_what_could_not_be_measured_is_a_gap_in_the_plot(tmp_path):
         for size in (1, 4)
         for series in ("tasn", "plain")
     ]
-    cost_plot.draw(points, "title", "subtitle", tmp_path / "cost.png")
+    cost_plot.draw(points, "no $x_$ formula", "nor $x_$ here", tmp_path / "cost.png")
     assert [path.name for path in tmp_path.iterdir()] == ["cost.png"]
 
 

@@ -78,6 +78,41 @@ def test_unknown_options_point_to_the_commands_own_help(name, capsys):
     assert capsys.readouterr().err == expected
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("visualize m --figure sampling a.png", dict(model="m", figure="sampling", pictures=[Path("a.png")])),
+        ("visualize m a.png --parts 2 b.png", dict(model="m", parts=2, pictures=[Path("a.png"), Path("b.png")])),
+        ("evaluate m --flip data", dict(names=["m", "data"], flip=True)),
+        ("evaluate --flip m data", dict(names=["m", "data"], flip=True)),
+        ("evaluate --ensemble a b --flip data", dict(names=["data"], ensemble=["a", "b"], flip=True)),
+        ("benchmark a --threads 1 b", dict(models=["a", "b"], threads=1)),
+        ("predict m --topk 2 -- -a.png", dict(model="m", topk=2, pictures=["-a.png"])),
+        ("demo --share m", dict(model="m", share=True)),
+        ("run x.py --flp a", dict(script=Path("x.py"), arguments=["--flp", "a"])),
+    ],
+)
+def test_arguments_and_options_come_in_any_order(line, expected, monkeypatch):
+    given = []
+    name, *arguments = line.split()
+    monkeypatch.setattr(cli.COMMANDS[name], "run", given.append)
+    cli.main([name, *arguments])
+    assert {key: vars(given[0])[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "strange"),
+    [
+        ("visualize m --parts 2 a.png --flp", "--flp"),
+        ("prepare cub200 --push a/b more", "more"),
+        ("run --flp x", "--flp"),
+    ],
+)
+def test_of_wrong_arguments_only_those_are_named(line, strange):
+    with pytest.raises(UserError, match=f"^unrecognized arguments: {strange}: see "):
+        cli.main(line.split())
+
+
 def test_exit_codes_tell_what_happened(code, capsys):
     assert run_command(lambda: None) == 0
     assert code(UserError("wrong")) == (2, "error: wrong\n")
@@ -111,8 +146,10 @@ def test_files_are_there_whole_or_not_at_all(tmp_path):
             check_outputs(class_csv=path)
         with pytest.raises(UserError, match=f"--csv '.*' cannot be written .*{reason}"):
             write_whole(path, "text", "--csv")
-    with pytest.raises(UserError, match="--json and --csv name the same file twice"):
+    with pytest.raises(UserError, match="--json and --csv name the same file"):
         check_outputs(json=file, csv=file)
+    with pytest.raises(UserError, match="^--json and --class-csv name the same file: give each a file of its own.$"):
+        check_outputs(json=Path("-"), csv=None, class_csv=Path("-"), panel=tmp_path / "y.png")
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 

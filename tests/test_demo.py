@@ -33,11 +33,6 @@ ARGUMENTS += "--disable-component-update --disable-sync".split()
 
 
 @pytest.fixture(scope="module")
-def model():
-    return timm.create_model("tasn_tiny", pretrained=True).eval()
-
-
-@pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[int, Path]:
     """Birds by their index."""
     folder = tmp_path_factory.mktemp("birds")
@@ -104,7 +99,7 @@ def test_the_cap_changes_the_answer_and_not_the_model(model, files):
     [
         (b"no picture", "the picture cannot be read .not an image.*give another one"),
         (b"", "the file is empty"),
-        (a_png_of(8000, 6000), "has 8000 x 6000 pixels and 0.0 MB: make it smaller, at most 40 megapixels and 20 MB"),
+        (a_png_of(8000, 6000), "has 8000 x 6000 pixels: make it smaller, at most 40 megapixels and 20 MB"),
         (a_png_of(100_000, 100_000), "the picture cannot be read .*give another one"),
         (a_png_of(20, 10), "the picture cannot be read"),
     ],
@@ -116,9 +111,10 @@ def test_what_is_too_large_or_no_picture_is_refused(model, tmp_path, content, me
         demo.answer(model, tmp_path / "file.png")
 
 
-def test_a_file_of_too_many_bytes_is_refused(model, files, tmp_path):
+def test_a_file_of_too_many_bytes_is_refused_unread(model, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "read", lambda image: pytest.fail("20 MB may be 20 GB"))
     (tmp_path / "padded.png").write_bytes(files[4].read_bytes() + bytes(demo.MAX_BYTES))
-    with pytest.raises(UserError, match="has 192 x 192 pixels and 20.1 MB: make it smaller"):
+    with pytest.raises(UserError, match="has 20.1 MB: make it smaller, at most 40 megapixels and 20 MB"):
         demo.answer(model, tmp_path / "padded.png")
 
 
@@ -143,6 +139,17 @@ def test_the_control_of_the_cap_fits_the_model(model):
 def test_models_that_cannot_be_shown_are_refused():
     with pytest.raises(UserError, match="test_resnet has no attention to show"):
         demo.build_page(timm.create_model("test_resnet"), "mine")
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["a", "b", "c", "d", "d"]])
+def test_no_class_is_dropped_for_lack_of_a_name(files, names):
+    small = dict(backbone="test_resnet", sample_size=24, attention_net="tiny", num_classes=5)
+    model = timm.create_model("tasn", **small).eval()
+    model.pretrained_cfg = model.pretrained_cfg | dict(label_names=names)
+    with pytest.raises(UserError, match=f"has 5 classes, but {len(set(names))} different label_names"):
+        demo.answer(model, files[4])
+    with pytest.raises(UserError, match="label_names"):
+        demo.build_page(model, "mine")
 
 
 def probabilities_of(label: dict) -> dict[str, float]:
@@ -178,6 +185,12 @@ def test_over_http_mistakes_are_told(url, files, tmp_path):
     (tmp_path / "large.png").write_bytes(files[4].read_bytes() + bytes(demo.MAX_BYTES))
     with pytest.raises(Exception, match="413|exceed"):
         client.predict(handle_file(tmp_path / "large.png"), 4.0, api_name="/look")
+
+
+def test_over_http_what_is_returned_has_names(url):
+    (endpoint,) = Client(url, verbose=False).view_api(return_format="dict")["named_endpoints"].values()
+    names = ["Most likely classes", "Where it looks", "What it sees", "Part", "Details"]
+    assert [each["label"] for each in endpoint["returns"]] == names
 
 
 def test_without_a_picture_nothing_is_shown(url):
@@ -216,15 +229,19 @@ def test_the_environment_says_where_to_listen_as_on_spaces(command, monkeypatch)
     [
         ("tasn_tinny", "did you mean 'tasn_tiny'"),
         ("tasn_tiny --examples missing.png", "the picture cannot be read (the file does not exist)"),
-        ("tasn_tiny --port PORT", "the page cannot be served"),
+        (
+            "tasn_tiny --port PORT",
+            "--port PORT, which is taken or not this machine's: choose another --host or --port.\n",
+        ),
         ("tasn_tiny --port 99999", "--port must be 1 to 65535, got 99999"),
     ],
 )
 def test_mistakes_get_one_line(command, url, arguments, message):
-    code, _, err = command(*arguments.replace("PORT", url.rstrip("/").rpartition(":")[2]).split())
+    port = url.rstrip("/").rpartition(":")[2]
+    code, _, err = command(*arguments.replace("PORT", port).split())
     assert code == 2
-    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert message in line and "Traceback" not in err
+    (line,) = [line for line in err.splitlines(keepends=True) if line.startswith("error: ")]
+    assert message.replace("PORT", port) in line and "Traceback" not in err
 
 
 def test_without_gradio_the_extra_is_named(command, monkeypatch):

@@ -392,8 +392,12 @@ def test_position_embeddings_are_resized_with_the_resolution():
     model = timm.create_model("test_vit", num_classes=3).eval()
     set_resolution(model, Resolution(192), "test_vit")
     assert model(torch.rand(1, 3, 192, 192)).shape == (1, 3)
-    with pytest.raises(UserError, match=r"--resolution 100: model 'test_vit' does not take 100 x 100 pixels"):
-        set_resolution(model, Resolution(100), "test_vit")
+    refused = r"^--resolution 100: model 'test_vit' does not take 100 x 100 pixels \(.+\): give 160, its own, or "
+    with pytest.raises(UserError, match=refused):
+        set_resolution(timm.create_model("test_vit").eval(), Resolution(100), "test_vit")
+    arguments = dict(backbone="test_vit", sample_size=64, attention_net="tiny", num_classes=3)
+    with pytest.raises(UserError, match=r"^--resolution 146:50: .* not take 50 x 50 .*: give 146:64, its own, or "):
+        set_resolution(timm.create_model("tasn", **arguments).eval(), Resolution(146, 50), "tasn")
 
 
 @pytest.mark.parametrize("text", ["", "0", "-3", "a", "3.5", "224:", "1:2:3", "64:128"])

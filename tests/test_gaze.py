@@ -24,11 +24,6 @@ def create(**arguments) -> torch.nn.Module:
     return timm.create_model("tasn", **SMALL | arguments).eval()
 
 
-@pytest.fixture(scope="module")
-def model():
-    return timm.create_model("tasn_tiny", pretrained=True).eval()
-
-
 @pytest.fixture
 def bird() -> Image.Image:
     return Image.fromarray(draw("test", 4))

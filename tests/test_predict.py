@@ -146,6 +146,11 @@ def test_names_come_from_the_model_from_imagenet_or_are_numbers(folder):
     assert label_names(timm.create_model("test_resnet", num_classes=3)) == ["class 0", "class 1", "class 2"]
     with pytest.raises(UserError, match="has no classifier"):
         label_names(timm.create_model("test_resnet", num_classes=0))
+    for names, count in ((["ant", "bee"], 2), (["ant", "bee", "bee"], 2)):
+        with pytest.raises(
+            UserError, match=f"has 3 classes, but {count} different label_names: correct its config.json"
+        ):
+            label_names(timm.create_model("test_resnet", num_classes=3, pretrained_cfg=dict(label_names=names)))
     with pytest.raises(UserError, match="takes 1 channels"):
         label_names(timm.create_model("test_resnet", in_chans=1))
 

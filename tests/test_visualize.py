@@ -1,6 +1,7 @@
 """The figures show the numbers that they say they show, and the command draws them for any model or says why not."""
 
 import dataclasses
+import errno
 import json
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from tasn_timm.data.synthbirds import draw
 from tasn_timm.errors import UserError, run_command
 from tasn_timm.figures import _choose_channels, attention_figure, channels_figure, sampling_figure
 from tasn_timm.gaze import look
-from tasn_timm.hub import save_folder
+from tasn_timm.hub import load_model, save_folder
 from tasn_timm.trilinear_attention import trilinear_attention
 from tasn_timm.visualize import HIGH, LOW, overlaid
 
@@ -29,11 +30,6 @@ SMALL = dict(backbone="test_resnet", sample_size=(24, 32), attention_net="tiny",
 def create(**arguments) -> torch.nn.Module:
     torch.manual_seed(0)
     return timm.create_model("tasn", **SMALL | arguments).eval()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return timm.create_model("tasn_tiny", pretrained=True).eval()
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +262,17 @@ def test_without_output_the_file_has_the_figures_name(visualize, bird, tmp_path)
     assert width > 1.5 * height, "two rows of four"
 
 
+@pytest.mark.parametrize("figure", ["attention", "curves"])
+def test_dollars_in_names_are_no_formulas(visualize, bird, tmp_path, figure):
+    name = "cost_$5_and_$6"
+    if figure == "curves":
+        arguments = [write_metrics(tmp_path / name, METRICS)]
+    else:
+        arguments = ["tasn_tiny", bird.rename(tmp_path / f"{name}.png"), "--parts", "0"]
+    code, _, err = visualize(*arguments, "--figure", figure)
+    assert code == 0, err
+
+
 def test_what_a_model_does_not_have_is_said(visualize, bird, saved):
     folder = saved(part_net=False, sampler="saliency")
     code, out, _ = visualize(folder, bird)
@@ -274,6 +281,15 @@ def test_what_a_model_does_not_have_is_said(visualize, bird, saved):
     assert code == 0 and "without (b) and (c): the saliency sampler has no marginals" in out
     code, _, err = visualize(folder, bird, "--parts", "2")
     assert code == 2 and "has no part net, so no detail images: leave it out" in err
+
+
+def test_a_missing_name_of_a_class_is_told(visualize, bird, saved, monkeypatch):
+    folder = saved()
+    model = load_model(str(folder))
+    model.pretrained_cfg = model.pretrained_cfg | dict(label_names=["a"])
+    monkeypatch.setattr("tasn_timm.hub.load_model", lambda source: model)
+    code, _, err = visualize(folder, bird)
+    assert code == 2 and "has 5 classes, but 1 different label_names: correct its config.json" in err
 
 
 def test_self_attention_has_no_channels_to_compare(visualize, bird, saved):
@@ -323,6 +339,16 @@ def test_an_interrupted_command_leaves_the_older_file(visualize, bird, monkeypat
     assert visualize("tasn_tiny", bird)[0] == 130
     assert [path.name for path in Path.cwd().iterdir()] == ["attention.png"]
     assert Path("attention.png").read_text() == "older"
+
+
+def test_what_goes_wrong_before_the_file_is_not_laid_on_it(visualize, bird, monkeypatch):
+    def fail(*arguments, **options):
+        assert not list(Path.cwd().iterdir()), "a kill here would leave it"
+        raise PermissionError(errno.EACCES, "Permission denied", "weights")
+
+    monkeypatch.setattr("tasn_timm.hub.load_model", fail)
+    code, _, err = visualize("tasn_tiny", bird)
+    assert (code, "'weights': Permission denied" in err, "--output" in err) == (2, True, False)
 
 
 def test_without_matplotlib_the_extra_is_named(visualize, bird, monkeypatch):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import check_outputs, write_whole
+from ..files import STDOUT, check_outputs, write_text
 from ..tables import table
 
 if TYPE_CHECKING:
@@ -53,7 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compile", action="store_true", help="with torch.compile, which takes a while for each batch size")
     add("--rounds", type=int, default=11, help="how often each is timed at most (default: %(default)s)")
     add("--max-seconds", type=float, default=10, help="of rounds for each model and setting (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write everything measured, also each round, to this file")
+    add(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write everything measured, also each round, to this file; -: to standard output, alone",
+    )
     add("--plot", type=Path, metavar="FILE.png", help="draw cost over batch and sampled size of one TASN")
 
 
@@ -73,9 +78,9 @@ def run(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     machine = Machine(device, options.channels_last, options.compile, options.rounds, options.max_seconds)
     check_outputs(json=options.json, plot=options.plot)
-    result = dict(machine=machine.describe()) | (_sweep if options.plot else _compare)(options, machine)
-    if options.json:
-        write_whole(options.json, json.dumps(result, indent=2) + "\n", "--json")
+    tell = print if options.json != STDOUT else lambda text: None
+    result = dict(machine=machine.describe()) | (_sweep if options.plot else _compare)(options, machine, tell)
+    write_text(options.json, json.dumps(result, indent=2) + "\n", "--json")
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -101,15 +106,15 @@ def _check_plot(options: argparse.Namespace) -> None:
     check_plot(options.plot)
 
 
-def _compare(options: argparse.Namespace, machine: "Machine") -> dict:
-    """Measure and print every model in every setting."""
+def _compare(options: argparse.Namespace, machine: "Machine", tell: Callable[[str], None]) -> dict:
+    """Measure and tell of every model in every setting."""
     from ..benchmark import Work, create_contenders, fixed_cost, measure
 
     created = [create_contenders(name) for name in dict.fromkeys(options.models)]
     contenders = list({each.name: each for some, _ in created for each in some}.values())
     left_out = [line for _, lines in created for line in lines]
     models = [dict(name=each.name, reference=each.reference) | fixed_cost(each) for each in contenders]
-    print("\n".join([machine_line(machine.describe()), *left_out, "", cost_table(models)]))
+    tell("\n".join([machine_line(machine.describe()), *left_out, "", cost_table(models)]))
     timings = []
     for mode, precision in product(options.mode or ["inference", "training"], dict.fromkeys(options.precision)):
         works = [Work(mode, precision, size) for size in dict.fromkeys(options.batch_size or [1, 8])]
@@ -117,23 +122,23 @@ def _compare(options: argparse.Namespace, machine: "Machine") -> dict:
             measure([(each, work) for each in contenders], machine, progress=_progress(", ".join(map(str, work))))
             for work in works
         ]
-        print(f"\n{timings_table(cells)}")
+        tell(f"\n{timings_table(cells)}")
         timings += [each for some in cells for each in some]
-    print(f"\n{LEGEND}")
+    tell(f"\n{LEGEND}")
     return dict(models=models, timings=timings, left_out=left_out)
 
 
-def _sweep(options: argparse.Namespace, machine: "Machine") -> dict:
+def _sweep(options: argparse.Namespace, machine: "Machine", tell: Callable[[str], None]) -> dict:
     """Measure and draw one TASN over batch and sampled size."""
     from ..cost_plot import draw, sweep
 
     (mode,) = options.mode or ["inference"]
     points, left_out = sweep(options.models[0], mode, options.precision[0], machine, _progress("rounds"))
     where = machine_line(machine.describe())
-    print("\n".join([where, *left_out, "", sweep_table(points)]))
+    tell("\n".join([where, *left_out, "", sweep_table(points)]))
     title = f"What {options.models[0]} costs beside its plain backbone"
     draw(points, title, f"{mode}, {options.precision[0]}; {where}", options.plot)
-    print(f"\n{options.plot} written")
+    tell(f"\n{options.plot} written")
     return dict(points=points, left_out=left_out)
 
 

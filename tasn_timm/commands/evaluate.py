@@ -142,8 +142,7 @@ def _write(
     """Write the files asked for, and print the report unless one of them is meant for standard output."""
     text = report(result)
     write_text(options.json, json.dumps(result, indent=2) + "\n", "--json")
-    if options.csv:
-        write_text(options.csv, csv_text(picture_rows(scores, split, labels)), "--csv")
+    write_text(options.csv, csv_text(picture_rows(scores, split, labels)), "--csv")
     write_text(options.class_csv, csv_text(class_rows(result, families)), "--class-csv")
     if options.confusions:
         from ..sheets import confusion_sheet

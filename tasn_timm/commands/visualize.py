@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..files import completing
+from ..files import check_writable, completing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,9 +55,11 @@ def run(options: argparse.Namespace) -> None:
         from matplotlib import rc_context
     except ImportError as error:
         raise UserError(f"visualize needs {error.name}: pip install 'tasn_timm[plot]'.") from error
-    with completing(output, "--output") as file, rc_context({"svg.fonttype": "none"}):
+    check_writable(output, "--output")
+    with rc_context({"svg.fonttype": "none"}):
         figure = _draw_curves(Path(options.model)) if options.figure == "curves" else _draw_pictures(options)
-        figure.savefig(file, format=output.suffix.lower()[1:], dpi=DPI)
+        with completing(output, "--output") as file:
+            figure.savefig(file, format=output.suffix.lower()[1:], dpi=DPI)
     print(output)
 
 
@@ -124,6 +126,7 @@ def _read(path: Path) -> Image.Image:
 
 def _caption(model: TASN, gaze: Gaze, path: Path) -> str:
     """The most likely class."""
+    from ..predict import label_names
+
     probability, number = gaze.probabilities.max(0)
-    names = model.pretrained_cfg.get("label_names")
-    return f"{path.name}: {names[number] if names else f'class {number}'}, {100 * probability:.1f} %"
+    return f"{path.name}: {label_names(model)[number]}, {100 * probability:.1f} %"

@@ -3,7 +3,7 @@
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..errors import UserError
-from ..memory import lacks_memory
+from ..memory import lack_of_memory
 from ..recipe import Recipe
 from .objective import micro_batch_size
 
@@ -24,9 +24,10 @@ def peak_memory(device: torch.device) -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-@contextmanager
-def out_of_memory(recipe: Recipe, accelerator: Accelerator, model: nn.Module, rest: int = 0) -> Iterator[None]:
-    """Within it, running out of memory is told with a setting of the same result that needs less.
+def out_of_memory(
+    recipe: Recipe, accelerator: Accelerator, model: nn.Module, rest: int = 0
+) -> AbstractContextManager[None]:
+    """Make a context within which running out of memory is told with a setting of the same result that needs less.
 
     Args:
         recipe: Of the run.
@@ -34,29 +35,28 @@ def out_of_memory(recipe: Recipe, accelerator: Accelerator, model: nn.Module, re
         model: That is trained.
         rest: Images of a short last step of an epoch.
 
-    Raises:
-        UserError: Out of memory.
+    Returns:
+        The context, which raises a UserError when out of memory.
     """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not lacks_memory(error):
-            raise
-        processes = accelerator.num_processes
-        batch_size = recipe.batch_size // (processes * recipe.grad_accum_steps)
-        more = (replace(recipe, grad_accum_steps=steps) for steps in _more_steps(recipe, processes, batch_size))
-        steps = next((each.grad_accum_steps for each in more if _is_possible(each, processes, model, rest)), None)
-        advice = (
-            f"--grad-accum-steps {steps} has the same batch_size {recipe.batch_size} with "
-            f"{recipe.batch_size // (processes * steps)} images at a time"
-            if steps
-            else "use a smaller --batch-size"
-        )
-        raise UserError(
-            f"out of memory with {batch_size} images of {recipe.img_size} x {recipe.img_size} pixels at a time "
-            f"(batch_size {recipe.batch_size} / {processes} processes / {recipe.grad_accum_steps} grad_accum_steps) on "
-            f"{accelerator.device}: {advice}; --mixed-precision bf16 needs less, too."
-        ) from error
+    return lack_of_memory(lambda: _say(recipe, accelerator, model, rest))
+
+
+def _say(recipe: Recipe, accelerator: Accelerator, model: nn.Module, rest: int) -> str:
+    processes = accelerator.num_processes
+    batch_size = recipe.batch_size // (processes * recipe.grad_accum_steps)
+    more = (replace(recipe, grad_accum_steps=steps) for steps in _more_steps(recipe, processes, batch_size))
+    steps = next((each.grad_accum_steps for each in more if _is_possible(each, processes, model, rest)), None)
+    advice = (
+        f"--grad-accum-steps {steps} has the same batch_size {recipe.batch_size} with "
+        f"{recipe.batch_size // (processes * steps)} images at a time"
+        if steps
+        else "use a smaller --batch-size"
+    )
+    return (
+        f"out of memory with {batch_size} images of {recipe.img_size} x {recipe.img_size} pixels at a time "
+        f"(batch_size {recipe.batch_size} / {processes} processes / {recipe.grad_accum_steps} grad_accum_steps) on "
+        f"{accelerator.device}: {advice}; --mixed-precision bf16 needs less, too."
+    )
 
 
 def _is_possible(recipe: Recipe, processes: int, model: nn.Module, rest: int) -> bool:
