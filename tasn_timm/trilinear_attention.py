@@ -290,7 +290,7 @@ def _distinct_maps(x: Tensor, normalization: str) -> Tensor:
     level = x.amax(-1)  # (B, C)
     flat = level == x.amin(-1)
     if normalization.startswith("spatial"):
-        repeats = flat.cumsum(1) > 1
+        repeats = flat.to(x).cumsum(1) > 1  # of booleans, ONNX has no sum
     else:
         same_level = level[:, :, None] == level[:, None, :]  # (B, C, C)
         repeats = (same_level & flat[:, None, :]).tril(-1).any(-1)
