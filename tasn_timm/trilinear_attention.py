@@ -144,8 +144,7 @@ def structure_and_detail_maps(
     distinct = _distinct_maps(x, normalization)  # (B, M)
 
     weights = _REDUCTIONS[reduction](distinct).unsqueeze(1)  # (B, 1, M)
-    blocks = zip(maps.rows.split(BLOCK, 1), weights.split(BLOCK, 2))
-    structure = sum(maps.weighted(rows, weight) for rows, weight in blocks)  # (B, 1, hw)
+    structure = sum(maps.weighted(maps.rows[:, block], weights[:, :, block]) for block in maps.blocks())  # (B, 1, hw)
     details = x[:, :0]
     if parts > 0:
         chance = _SELECTIONS[selection](maps) * distinct
@@ -166,6 +165,10 @@ class _Maps:
         self.formula = _FORMULAS[normalization]
         self.spatial, self.relation = _softmax(spatial_scale), _softmax(relation_scale)
 
+    def blocks(self) -> list[slice]:
+        """The rows, `BLOCK` at a time. Not by torch.split, whose sizes ONNX's older exporter gets wrong."""
+        return [slice(start, start + BLOCK) for start in range(0, self.rows.shape[1], BLOCK)]
+
     def of(self, rows: Tensor) -> Tensor:
         """Maps (B, r, hw) of rows (B, r, ·)."""
         return self._normalized(_product(self._factors(rows)))
@@ -178,11 +181,11 @@ class _Maps:
 
     def responses(self) -> Tensor:
         """Mean of each map over its positions, before a softmax of it: (B, M)."""
-        blocks = []
-        for rows in self.rows.split(BLOCK, 1):
-            *first, last = self._factors(rows)
-            blocks.append(_product([*first, last.mean(-1, keepdim=True)]))
-        return torch.cat(blocks, 1).squeeze(-1)
+        responses = []
+        for block in self.blocks():
+            *first, last = self._factors(self.rows[:, block])
+            responses.append(_product([*first, last.mean(-1, keepdim=True)]))
+        return torch.cat(responses, 1).squeeze(-1)
 
     def _factors(self, rows: Tensor) -> tuple[Tensor, ...]:
         return self.formula.factors(rows, self.x, self.spatial, self.relation)
