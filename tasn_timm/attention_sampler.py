@@ -583,11 +583,12 @@ def _inverse_distributions(densities: Sequence[Tensor], counts: Sequence[int]) -
     right = right / right[:, -1:]  # F at the right edge of each cell, the last exactly 1
     left = F.pad(right[:, :-1], (1, 0))
     targets = [(torch.arange(count, device=right.device, dtype=right.dtype) + 0.5) / each for each in counts]
-    target = torch.stack(targets).repeat_interleave(batch, 0).clamp(max=1)  # beyond an axis' own count: not used
+    target = torch.stack(targets).clamp(max=1)  # (axes, m); beyond an axis' own count: not used
+    target = target[:, None].expand(-1, batch, -1).flatten(0, 1)  # ONNX's exporter fixes repeat_interleave's batch
     cell = _count_up_to(right, target).clamp(max=cells - 1)  # the first one that ends beyond
     start, end = left.gather(1, cell), right.gather(1, cell)
     inside = ((target - start) / (end - start).clamp(min=torch.finfo(right.dtype).tiny)).clamp(0, 1)
-    axes = (cell + inside).unflatten(0, (len(counts), batch))
+    axes = (cell + inside).unflatten(0, (len(counts), -1))
     return [axis[:, :each] / density.shape[1] for axis, each, density in zip(axes, counts, densities)]
 
 
