@@ -509,7 +509,7 @@ def _profile(cell: Cell, machine: Machine) -> None:
     with torch.profiler.profile(activities=activities, profile_memory=not cuda) as profiler:
         cell.repeat()
         machine.synchronize()
-    extra = torch.cuda.max_memory_allocated(machine.device) - before if cuda else _peak_of_changes(profiler)
+    extra = torch.cuda.max_memory_allocated(machine.device) - before if cuda else peak_of_changes(profiler)
     cell.peak_bytes = kept + extra
     clock = "self_device_time_total" if cuda else "self_cpu_time_total"
     products = (getattr(event, clock) for event in profiler.key_averages() if _PRODUCTS.fullmatch(event.key))
@@ -521,7 +521,7 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(storages.values())
 
 
-def _peak_of_changes(profiler: torch.profiler.profile) -> int:
+def peak_of_changes(profiler: torch.profiler.profile) -> int:
     """The most bytes that the CPU's allocator had given out beyond those at the start."""
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     taken = peak = 0

@@ -171,7 +171,8 @@ class _Maps:
 
     def of(self, rows: Tensor) -> Tensor:
         """Maps (B, r, hw) of rows (B, r, ·)."""
-        return self._normalized(_product(self._factors(rows)))
+        maps = _product(self._factors(rows))
+        return self.relation(maps) if self.formula.normalizes_maps else maps
 
     def weighted(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Sums (B, k, hw) of the maps of rows (B, r, ·) with weights (B, k, r)."""
@@ -189,9 +190,6 @@ class _Maps:
 
     def _factors(self, rows: Tensor) -> tuple[Tensor, ...]:
         return self.formula.factors(rows, self.x, self.spatial, self.relation)
-
-    def _normalized(self, maps: Tensor) -> Tensor:
-        return self.relation(maps) if self.formula.normalizes_maps else maps
 
 
 @register_notrace_module

@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from tasn_timm import TASN, TASNLoss
 from tasn_timm.attention_sampler import attention_grid, saliency_grid, sample, sample_pixels
+from tasn_timm.benchmark import peak_of_changes, turns
 from tasn_timm.trilinear_attention import structure_and_detail_maps, trilinear_attention
 
 MODEL, IMAGE, SAMPLE, CLASSES = "tasn_resnet50", 512, 224, 200
@@ -204,9 +205,8 @@ def in_turns(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[s
     for name in names:
         contenders[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for start in range(rounds):
-        for place in range(len(names)):
-            name = names[(start + place) % len(names)]
+    for order in turns(len(names), rounds):
+        for name in (names[index] for index in order):
             begin = time.perf_counter()
             contenders[name]()
             seconds[name].append(time.perf_counter() - begin)
@@ -217,12 +217,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
     """The most that the CPU's allocator had given out at a time while a function ran."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    taken = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        taken += event.nbytes()
-        peak = max(peak, taken)
-    return peak
+    return peak_of_changes(profiler)
 
 
 def ratio(seconds: dict[str, list[float]], one: str, other: str) -> list[float]:
