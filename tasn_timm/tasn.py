@@ -187,12 +187,12 @@ class TASN(BackboneClassifier):
         self._traits = dict(first_conv=stem + self._traits["first_conv"])
 
     def forward(self, image: Tensor) -> Tensor | TASNOutput:
+        if not self.training or self.num_classes == 0:
+            return super().forward(self.sample(image))
         # Without iteration or len(), which torch.fx cannot trace.
         features = self.attention_features(image)  # X: (B, C, h, w)
         maps = self.trilinear_attention(features)  # Eq. 2: (B, h, w), (B, parts, h, w)
         structure_map, detail_maps = maps[0], maps[1]
-        if not self.training or self.num_classes == 0:
-            return self.heads(self.embed(self.normalized(self.structure_sampler(image, structure_map), image)))
 
         views = [self.structure_sampler(image, structure_map)] if self.master_net else []  # I_s: (B, 3, H', W')
         views += [self.detail_sampler(image, detail_maps[:, i]) for i in range(self.trilinear_attention.parts)]  # I_d
