@@ -47,7 +47,7 @@ class FinishedRun(NamedTuple):
     def public_recipe(self) -> Recipe:
         """The recipe with names in the place of this machine's paths."""
         dataset, _, shown = self.dataset
-        model, compare = self.recipe.model, self.recipe.compare
+        model, compare, start = self.recipe.model, self.recipe.compare, self.recipe.initial_checkpoint
         if model.startswith("local-dir:"):
             model = f"local-dir:{Path(model.removeprefix('local-dir:')).name}"
         return replace(
@@ -55,6 +55,7 @@ class FinishedRun(NamedTuple):
             data=self.recipe.data if dataset else shown,
             model=model,
             compare=compare and Path(compare).name,
+            initial_checkpoint=start and Path(start).name,
             output="runs",
         )
 

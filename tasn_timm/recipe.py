@@ -56,6 +56,9 @@ class Recipe:
     # model
     model: str = _option("tasn_tiny", "timm model: tasn_..., any other one, or local-dir:FOLDER")
     pretrained: bool = _option(False, "start from pretrained weights")
+    initial_checkpoint: str | None = _option(
+        None, "folder of a run or model whose backbone and attention net this one starts from; its classifiers are new"
+    )
     model_kwargs: dict = _option({}, "arguments of the model, e.g. sample_size=336 heads=shared")
 
     # images

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from timm.layers import to_2tuple
-from torch import Tensor
+from timm.layers import convert_splitbn_model, to_2tuple
+from torch import Tensor, nn
 
 from .attention_net import (
     AttentionNet,
@@ -15,9 +15,10 @@ from .attention_net import (
     resize_image,
     stem_convolutions,
 )
-from .attention_sampler import AttentionSampler
+from .attention_sampler import AttentionSampler, shape_map
 from .classifier import BackboneClassifier
-from .errors import UserError, no_effect
+from .detail_controls import CONTROLS, control_maps
+from .errors import UserError, no_effect, unknown
 from .trilinear_attention import TrilinearAttention
 
 
@@ -64,6 +65,7 @@ class TASN(BackboneClassifier):
         relation_scale: Factor on the input of its outer softmax.
         selection: Choice of the detail maps, see `structure_and_detail_maps`.
         parts: Detail images per image and training step.
+        detail_control: What detail images show in place of details, see `detail_controls`; None for details.
         reduction: Structure map as the mean of the distinct maps ("mean") or of all ("mean_all", the paper's text).
         structure_shape: Shaping of the structure map, see `shape_map`; "square" is the published code's.
         detail_shape: Shaping of the detail map.
@@ -79,6 +81,8 @@ class TASN(BackboneClassifier):
         part_net: Train on detail images. False leaves the master net alone, as in Tables 3, 4 and 8.
         heads: "both" (published result), "shared" or "separate" (the paper's text), see `heads.HEADS`. None: "both",
             or with one net the one classifier that it needs.
+        split_bn: BatchNorm statistics, scales and shifts of their own for the detail images (timm's SplitBatchNorm2d);
+            evaluation has those of the structure image. Paper and published code share them.
         pool_args: Arguments of `SecondOrderPool`.
         backbone_args: More arguments for the backbone.
 
@@ -106,6 +110,7 @@ class TASN(BackboneClassifier):
         relation_scale: float = 1.0,
         selection: str = "random",
         parts: int = 1,
+        detail_control: str | None = None,
         reduction: str = "mean",
         structure_shape: str = "square",
         detail_shape: str = "none",
@@ -118,6 +123,7 @@ class TASN(BackboneClassifier):
         master_net: bool = True,
         part_net: bool = True,
         heads: str | None = None,
+        split_bn: bool = False,
         pool_args: dict | None = None,
         backbone_args: dict | None = None,
         device=None,
@@ -128,7 +134,14 @@ class TASN(BackboneClassifier):
         if parts < 1:
             raise UserError(f"parts must be at least 1, got {parts}: for no detail images use part_net=False.")
         if not part_net:
-            no_effect(TASN, dict(parts=parts, selection=selection, detail_shape=detail_shape), "part_net=False")
+            details = dict(parts=parts, selection=selection, detail_shape=detail_shape, detail_control=detail_control)
+            no_effect(TASN, details, "part_net=False")
+        if not (master_net and part_net):
+            no_effect(TASN, dict(split_bn=split_bn), "one net, whose statistics are its own")
+        if detail_control is not None:
+            if detail_control not in CONTROLS:
+                raise unknown("detail_control", detail_control, CONTROLS)
+            no_effect(TASN, dict(selection=selection), f"{detail_control=}")
         grid = dict(sampler=sampler, iterations=iterations, marginal=marginal, sigma=sigma, threshold=threshold)
         # What rebuilds these weights: goes to config.json, so that later defaults cannot change a saved model.
         model_args = dict(
@@ -140,6 +153,7 @@ class TASN(BackboneClassifier):
             relation_scale=relation_scale,
             selection=selection,
             parts=parts,
+            detail_control=detail_control,
             reduction=reduction,
             structure_shape=structure_shape,
             detail_shape=detail_shape,
@@ -148,8 +162,10 @@ class TASN(BackboneClassifier):
             master_net=master_net,
             part_net=part_net,
             heads=heads,
+            split_bn=split_bn,
         )
         layout = attention_layout(attention_net, attention_backbone, attention_args)
+        drawn = parts if part_net and detail_control is None else 0  # detail maps, by trilinear attention
         front = dict(
             attention_net=AttentionNet(
                 **layout,
@@ -159,7 +175,7 @@ class TASN(BackboneClassifier):
                 **dd,
             ),
             trilinear_attention=TrilinearAttention(
-                normalization, spatial_scale, relation_scale, selection, parts if part_net else 0, reduction
+                normalization, spatial_scale, relation_scale, selection, drawn, reduction
             ),
             structure_sampler=AttentionSampler(sample_size, structure_shape, max_zoom or None, **grid),
             detail_sampler=AttentionSampler(sample_size, detail_shape, max_zoom or None, **grid),
@@ -178,9 +194,13 @@ class TASN(BackboneClassifier):
             front=front,
             **dd,
         )
+        if split_bn:
+            self.backbone = _with_split_bn(self.backbone, views=1 + parts)
         self.attention_layout = complete_layout(layout)  # as attention_args the same net, whatever the presets become
         self.master_net = master_net
         self.part_net = part_net
+        self.parts = parts if part_net else 0
+        self.detail_control = detail_control
         self.distilled_training = False
         self._model_args = model_args
         stem = tuple(f"attention_net.trunk.{name}" for name in stem_convolutions(self.attention_net.trunk))
@@ -195,7 +215,10 @@ class TASN(BackboneClassifier):
         structure_map, detail_maps = maps[0], maps[1]
 
         views = [self.structure_sampler(image, structure_map)] if self.master_net else []  # I_s: (B, 3, H', W')
-        views += [self.detail_sampler(image, detail_maps[:, i]) for i in range(self.trilinear_attention.parts)]  # I_d
+        if self.detail_control is not None:
+            shaped = shape_map(structure_map, self.structure_sampler.shape)
+            detail_maps = control_maps(self.detail_control, shaped, self.parts)
+        views += [self.detail_sampler(image, detail_maps[:, i]) for i in range(self.parts)]  # I_d
         pooled = self.embed(self.normalized(torch.cat(views), image))  # one batch: shared weights and BN statistics
         first = image.shape[0] if self.master_net else 0
         logits = self.heads.forward_views(
@@ -250,12 +273,21 @@ class TASN(BackboneClassifier):
 
     def _mean_logits(self, output: TASNOutput) -> Tensor:
         """The mean over all classifiers; the details of an image count as one."""
-        parts = self.trilinear_attention.parts
+        parts = self.parts
         structure = [output.logits, output.master] if self.heads.heads == "both" else [output.logits]
         detail = [output.part, output.shared_part] if self.heads.heads == "both" else [output.part]
         means = [logits.unflatten(0, (parts, -1)).mean(0) for logits in detail if logits is not None]
         logits = [logits for logits in structure if logits is not None]
         return torch.stack([*logits, *means, output.attention]).mean(0)
+
+
+def _with_split_bn(backbone: nn.Module, views: int) -> nn.Module:
+    """The backbone with BatchNorms of its own for each of so many views, which come as equal parts of a batch."""
+    kinds = {type(module) for module in backbone.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
+    if kinds != {nn.BatchNorm2d}:  # timm's conversion would lose the activation of its own BatchNormAct2d
+        found = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
+        raise UserError(f"split_bn=True needs a backbone whose norms are BatchNorm2d, as a ResNet's; got {found}.")
+    return convert_splitbn_model(backbone, views)
 
 
 def _heads_of(master_net: bool, part_net: bool, heads: str | None) -> str:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -252,7 +253,8 @@ def _starting_state(model: BackboneClassifier, source: dict, cache_dir: str | Pa
     start = model.state_dict()
     for prefix, (part, given) in parts.items():
         pretrained = _pretrained_state(part, given, cache_dir)
-        start |= {prefix + key: pretrained[key] for key in part.state_dict()}  # without a head that was removed
+        # Without a head that was removed; the details' own norms of split_bn start as those of the structure image.
+        start |= {prefix + key: pretrained[re.sub(r"aux_bn\.\d+\.", "", key)] for key in part.state_dict()}
     return start
 
 

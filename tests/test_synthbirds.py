@@ -19,13 +19,13 @@ package = types.ModuleType("tasn_timm")  # without its __init__, which imports t
 package.__path__ = ["{Path(synthbirds.__file__).parents[1].as_posix()}"]
 sys.modules["tasn_timm"] = package
 from tasn_timm.data import synthbirds
-synthbirds.SPLITS = {FEW}
+synthbirds.VARIANTS["synthbirds"] = synthbirds.Variant({FEW})
 """
 
 
 @pytest.fixture
 def few_images(monkeypatch):
-    monkeypatch.setattr(synthbirds, "SPLITS", FEW)
+    monkeypatch.setitem(synthbirds.VARIANTS, "synthbirds", synthbirds.Variant(FEW))
 
 
 def python(code: str, *arguments: object) -> subprocess.Popen:
@@ -102,7 +102,7 @@ def test_averaging_hides_a_part(part):
 
 @pytest.mark.parametrize("part", ["wing", "tail"])
 def test_both_forms_have_the_same_area(part):
-    plumage = synthbirds._Plumage(*((value,) * 3 for value in range(6)))
+    plumage = synthbirds._Colours(*((value,) * 3 for value in range(6)))
 
     def marked(level: int) -> float:
         shapes = getattr(synthbirds, f"_{part}")(np.random.default_rng(0), level, plumage)
@@ -115,8 +115,8 @@ def test_families_have_their_own_colour():
     heads, families = [], np.arange(72) % 24 // 8
     for index in range(72):
         rng = np.random.default_rng([0, synthbirds.SPLIT_NUMBERS["test"], index])
-        synthbirds._plumage(rng, "blue")
-        x, y = synthbirds._pose(rng).place((62, 36)) // 4
+        synthbirds._plumage(rng, synthbirds.FAMILIES["blue"])
+        x, y = synthbirds._pose(rng, (0.55, 0.75)).place((62, 36)) // 4
         colour = shrink(synthbirds.draw("test", index))[int(y), int(x)]
         heads.append(colour / colour.sum())  # without brightness
     centres = np.array([np.mean(np.array(heads)[families == family], axis=0) for family in range(3)])

@@ -50,12 +50,12 @@ def _load_prepared(name: str, **options) -> Source:
 
 
 def _load_synthbirds(name: str, **options) -> Source:
-    return Source(synthbirds.load())
+    return Source(synthbirds.load(variant=name))
 
 
 # Each takes its name and the options of `open_data`.
 BUILT_IN: dict[str, Callable[..., Source]] = {
-    "synthbirds": _load_synthbirds,
+    **dict.fromkeys(synthbirds.VARIANTS, _load_synthbirds),
     **dict.fromkeys(PREPARED, _load_prepared),
 }
 

@@ -1,11 +1,11 @@
-"""Synthbirds: a small fine-grained dataset that is drawn, not downloaded.
+"""Synthbirds: small fine-grained datasets that are drawn, not downloaded.
 
-24 species of birds on branches, 192 x 192 pixels. Three plumages can be told apart at any resolution; the eight species
+The first of them, "synthbirds": 24 species of birds on branches, 192 x 192 pixels. Three plumages can be told apart at any resolution; the eight species
 of a plumage differ only in four small parts (beak, eye, wing, tail), each of which comes in two forms of about the same
 area and colour, so that shrinking the image to 48 x 48 pixels averages the difference away. A classifier has to look
-closely, and only where the bird is.
+closely, and only where the bird is. `VARIANTS` has harder ones, and other birds to start from.
 
-Image `index` of a split depends on (seed, split, index) and nothing else, and is the same on every machine: shapes are
+Image `index` of a split depends on (variant, seed, split, index) and nothing else, and is the same on every machine: shapes are
 filled by our own few lines, pixels are only added and multiplied, and from Pillow come resizing, blurring and pasting,
 which have not changed between versions 10 and 13.
 
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     import datasets
 
 VERSION = 4  # raise it whenever a pixel changes: cached datasets are then generated again
-SIZE = 192  # pixels, height and width
+SIZE = 192  # height and width of the drawing; pixels, unless a variant has finer ones
 SPLITS = {"train": 3600, "validation": 600, "test": 960}
-SPLIT_NUMBERS = {"train": 1, "test": 2, "validation": 3}
+SPLIT_NUMBERS = {"train": 1, "test": 2, "validation": 3, "train_0": 4, "train_1": 5, "train_2": 6}
 
 # Plumage: hue, saturation and value (0-1) of back and wings, then of the belly.
 FAMILIES = {
@@ -52,13 +52,71 @@ PARTS = {
     "wing": ("one-bar", "two-bar"),
     "tail": ("band-tail", "edge-tail"),
 }
+ALL_WORDS = list(itertools.product((0, 1), repeat=len(PARTS)))
 # Words of even parity: two species of a family differ in at least two parts, and every form occurs in half of them.
-WORDS = [word for word in itertools.product((0, 1), repeat=len(PARTS)) if sum(word) % 2 == 0]
-SPECIES = [(family, word) for family in FAMILIES for word in WORDS]
-CLASS_NAMES = [
-    " ".join([family, *(forms[level] for forms, level in zip(PARTS.values(), word, strict=True))])
-    for family, word in SPECIES
-]
+WORDS = [word for word in ALL_WORDS if sum(word) % 2 == 0]
+
+Plumage = tuple[tuple[float, float, float], tuple[float, float, float]]
+Word = tuple[int, ...]  # the form of each part
+
+
+class Variant(NamedTuple):
+    """What a dataset of this kind is like; the defaults are those of "synthbirds"."""
+
+    splits: dict[str, int]  # images
+    families: dict[str, Plumage] = FAMILIES
+    words: list[Word] = WORDS  # that occur, in each family
+    size: int = SIZE  # pixels, height and width
+    bird: tuple[float, float] = (0.55, 0.75)  # size, in 1/192 of the picture per unit of its outline
+    marks: float = 1.0  # size of what tells species apart, beside the bird
+    foliage: tuple[int, int] = (6, 18)  # leaves, stalks and berries: at least, and less than
+    decoys: float = 0.25  # share of them in the colours of the bird's own marks
+    key: tuple[int, ...] = ()  # of its random numbers, so that no two variants share a picture
+
+    @property
+    def species(self) -> list[tuple[str, Word]]:
+        """Family and word of each class."""
+        return [(family, word) for family in self.families for word in self.words]
+
+    @property
+    def class_names(self) -> list[str]:
+        """Of the classes, in order."""
+        return [
+            " ".join([family, *(forms[level] for forms, level in zip(PARTS.values(), word, strict=True))])
+            for family, word in self.species
+        ]
+
+
+SYNTHBIRDS = Variant(SPLITS)
+SPECIES, CLASS_NAMES = SYNTHBIRDS.species, SYNTHBIRDS.class_names
+VARIANTS = {
+    "synthbirds": SYNTHBIRDS,
+    # 40 images of each of 48 classes, of which two may differ in a single mark; finer pixels, smaller birds with smaller
+    # marks, twice the foliage, half of it in the marks' colours. Three training splits, to vary the images as well.
+    "synthbirds_hard": Variant(
+        {"train_0": 1920, "train_1": 1920, "train_2": 1920, "validation": 480, "test": 1440},
+        words=ALL_WORDS,
+        size=240,
+        bird=(0.5, 0.68),
+        marks=0.85,
+        foliage=(12, 30),
+        decoys=0.5,
+        key=(1,),
+    ),
+    # Other plumages with the same marks, large and plentiful: a stand-in for ImageNet, and more than that.
+    "synthbirds_other": Variant(
+        {"train": 3600, "validation": 600, "test": 960},
+        families={
+            "rose": ((0.94, 0.45, 0.62), (0.98, 0.12, 0.95)),
+            "golden": ((0.13, 0.70, 0.72), (0.14, 0.20, 0.96)),
+            "slate": ((0.72, 0.30, 0.42), (0.75, 0.08, 0.90)),
+        },
+        size=240,
+        foliage=(12, 30),
+        decoys=0.5,
+        key=(2,),
+    ),
+}
 
 Colour = tuple[int, int, int]
 Shape = tuple[np.ndarray, Colour]  # corners (n, 2) of a closed polygon, x then y, and what fills it
@@ -88,6 +146,7 @@ TAIL = np.array([(38, 64), (40, 75), (24, 84), (6, 95), (1, 88), (18, 76)])
 FEATHERS = [((50, 57), (25, 78)), ((56, 61), (33, 75)), ((45, 53), (24, 74))]
 LEGS = [(52, 72), (60, 72)]
 BOX = np.array([(0, 19), (95, 19), (95, 96), (0, 96)])
+CENTRES = {"beak": (79, 34), "wing": (53.5, 55), "tail": (4, 91)}  # towards which smaller marks shrink
 CIRCLE = np.array([(math.cos(a), math.sin(a)) for a in np.arange(24) * (math.pi / 12)])
 
 # Beak and eye are as large as they must be for a plain network to learn them from 96 x 96 pixels in 20 epochs, chosen
@@ -105,81 +164,98 @@ WING_AXIS = np.array((-0.78, 0.62))
 TAIL_STREAKS = [((5, 87), (14, 81)), ((8.4, 91.8), (17.4, 85.8))]
 
 
-def draw(split: str, index: int, seed: int = 0) -> np.ndarray:
-    """Draw one image; its label is `index % 24`.
+def draw(split: str, index: int, seed: int = 0, variant: str = "synthbirds") -> np.ndarray:
+    """Draw one image; its label is `index % K`, of K = 24 classes in "synthbirds".
 
     Args:
-        split: "train", "validation" or "test".
-        index: Position in the split, from 0 to `SPLITS[split] - 1`.
+        split: A key of the variant's splits: "train", "validation" or "test" in "synthbirds".
+        index: Position in the split, from 0.
         seed: Another seed gives another dataset of the same kind.
+        variant: A key of `VARIANTS`.
 
     Returns:
-        RGB image (192, 192, 3), uint8.
+        RGB image (192, 192, 3), or of the variant's size, uint8.
 
     Raises:
-        ValueError: There is no such split or image.
+        ValueError: There is no such variant, split or image.
     """
-    if split not in SPLITS:
-        raise unknown("split", split, SPLITS)
-    if not 0 <= index < SPLITS[split]:
-        raise UserError(f"index {index} is out of range: split {split!r} has images 0 to {SPLITS[split] - 1}")
-    rng = np.random.default_rng([seed, SPLIT_NUMBERS[split], index])
-    return _draw(rng, *SPECIES[index % len(SPECIES)])
+    chosen = _variant(variant)
+    if split not in chosen.splits:
+        raise unknown("split", split, chosen.splits)
+    if not 0 <= index < chosen.splits[split]:
+        raise UserError(
+            f"index {index} is out of range: split {split!r} has images 0 to {chosen.splits[split] - 1}"
+        )
+    species = chosen.species
+    rng = np.random.default_rng([seed, SPLIT_NUMBERS[split], index, *chosen.key])
+    return _draw(rng, *species[index % len(species)], chosen)
 
 
-def load(cache_dir: str | Path | None = None, num_proc: int | None = None, seed: int = 0) -> datasets.DatasetDict:
-    """Load the dataset; the first call draws it (about a minute on two cores) and caches it.
+def load(
+    cache_dir: str | Path | None = None, num_proc: int | None = None, seed: int = 0, variant: str = "synthbirds"
+) -> datasets.DatasetDict:
+    """Load a dataset; the first call draws it (about a minute on two cores) and caches it.
 
     Args:
         cache_dir: Folder for the images (320 MB). None: the cache of the `datasets` library.
         num_proc: Processes that draw. None: one per CPU that this process may use. Does not change the images.
         seed: Another seed gives another dataset of the same kind.
+        variant: A key of `VARIANTS`.
 
     Returns:
-        Splits "train", "validation" and "test" with columns "image" (RGB, 192 x 192), "label" (`CLASS_NAMES`) and
-        "super", the plumage (`FAMILIES`).
+        The variant's splits ("train", "validation" and "test") with columns "image" (RGB), "label" (its `class_names`)
+        and "super", the plumage (its `families`).
 
     Raises:
-        ValueError: `num_proc` is less than 1.
+        ValueError: There is no such variant, or `num_proc` is less than 1.
     """
     from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features
     from datasets import Image as ImageFeature
 
     if num_proc is not None and num_proc < 1:
         raise UserError(f"num_proc is {num_proc}: give at least 1, or None for one process per CPU")
-    features = Features({"image": ImageFeature(), "label": ClassLabel(names=CLASS_NAMES)})
+    chosen = _variant(variant)
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=chosen.class_names)})
 
     def generate(split: str, count: int) -> Dataset:
         # Lists in gen_kwargs are divided among the processes. Everything in gen_kwargs is part of the cache key.
-        starts = list(range(0, count, len(SPECIES)))
+        starts = list(range(0, count, len(chosen.species)))
+        key = dict(starts=starts, split=split, count=count, seed=seed, version=VERSION, variant=variant)
         return Dataset.from_generator(
             _examples,
             features=features,
             cache_dir=cache_dir and str(cache_dir),
-            gen_kwargs={"starts": starts, "split": split, "count": count, "seed": seed, "version": VERSION},
+            gen_kwargs=key,
             num_proc=min(num_proc or _available_cpus(), len(starts)),
             split=split,
-            dataset_name="synthbirds",
+            dataset_name=variant,
             info=DatasetInfo(splits=[{"name": split, "num_examples": count}]),  # total of the progress bar
         )
 
     def with_families(split: Dataset) -> Dataset:
         # Not part of the cache: the pixels, which take the time, do not depend on it.
-        families = [label // len(WORDS) for label in split["label"]]
-        return split.add_column("super", families, feature=ClassLabel(names=list(FAMILIES)))
+        families = [label // len(chosen.words) for label in split["label"]]
+        return split.add_column("super", families, feature=ClassLabel(names=list(chosen.families)))
 
     with _progress_on_terminals_only():
-        return DatasetDict({split: with_families(generate(split, count)) for split, count in SPLITS.items()})
+        return DatasetDict({split: with_families(generate(split, count)) for split, count in chosen.splits.items()})
 
 
-def _examples(starts: list[int], split: str, count: int, seed: int, version: int) -> Iterator[dict]:
+def _variant(name: str) -> Variant:
+    if name not in VARIANTS:
+        raise unknown("variant of synthbirds", name, VARIANTS)
+    return VARIANTS[name]
+
+
+def _examples(starts: list[int], split: str, count: int, seed: int, version: int, variant: str) -> Iterator[dict]:
     """Draw one image of every species from each start on; `version` is here for the cache key only."""
+    classes = len(VARIANTS[variant].species)
     for start in starts:
-        for index in range(start, min(start + len(SPECIES), count)):
+        for index in range(start, min(start + classes, count)):
             png = io.BytesIO()
             # Run lengths only: noise has no repeats to look for, so this is the smallest and the fastest both ways.
-            Image.fromarray(draw(split, index, seed)).save(png, "PNG", compress_type=zlib.Z_RLE)
-            yield {"image": {"bytes": png.getvalue(), "path": None}, "label": index % len(SPECIES)}
+            Image.fromarray(draw(split, index, seed, variant)).save(png, "PNG", compress_type=zlib.Z_RLE)
+            yield {"image": {"bytes": png.getvalue(), "path": None}, "label": index % classes}
 
 
 def _available_cpus() -> int:
@@ -202,7 +278,7 @@ def _progress_on_terminals_only() -> Iterator[None]:
         enable_progress_bars()
 
 
-class _Plumage(NamedTuple):
+class _Colours(NamedTuple):
     """Colours of one bird."""
 
     mantle: Colour
@@ -226,31 +302,33 @@ class _Pose(NamedTuple):
         return self.origin + points[..., :1] * self.x_axis + points[..., 1:] * self.y_axis
 
 
-def _draw(rng: np.random.Generator, family: str, levels: tuple[int, ...]) -> np.ndarray:
-    """Image (192, 192, 3) of a species. The random numbers used do not depend on the species."""
-    beak, eye, wing, tail = levels
-    plumage = _plumage(rng, family)
-    pose = _pose(rng)
-    image = _background(rng)
+def _draw(rng: np.random.Generator, family: str, word: Word, variant: Variant = SYNTHBIRDS) -> np.ndarray:
+    """Image (size, size, 3) of a species. The random numbers used do not depend on the species.
+
+    Everything is placed on `SIZE` x `SIZE`, and `_paint` enlarges it to the image.
+    """
+    beak, eye, wing, tail = word
+    plumage = _plumage(rng, variant.families[family])
+    pose = _pose(rng, variant.bird)
+    image = _background(rng, variant.size)
     branch, slope = _branch(rng, pose.place((56, 91)))
-    _paint(image, _foliage(rng, plumage) + branch, scale=2)
+    _paint(image, _foliage(rng, plumage, variant) + branch, scale=2)
     bird = [
-        *_tail(rng, tail, plumage),
+        *_tail(rng, tail, plumage, variant.marks),
         *_body(plumage),
-        *_wing(rng, wing, plumage),
-        *_beak(beak, plumage),
-        *_eye(rng, eye, plumage),
+        *_wing(rng, wing, plumage, variant.marks),
+        *_beak(beak, plumage, variant.marks),
+        *_eye(rng, eye, plumage, variant.marks),
     ]
     placed = [(pose.place(points), colour) for points, colour in bird]
     _paint(image, _legs(pose, slope, plumage) + placed, scale=3)
     return _photograph(rng, image)
 
 
-def _plumage(rng: np.random.Generator, family: str) -> _Plumage:
-    mantle, belly = FAMILIES[family]
+def _plumage(rng: np.random.Generator, family: Plumage) -> _Colours:
     shift, stretch, gain = rng.normal(0, 0.035), rng.uniform(0.6, 1.3), rng.uniform(0.75, 1.1)
-    mantle, belly = ((h + shift, s * stretch, v * gain) for h, s, v in (mantle, belly))
-    return _Plumage(
+    mantle, belly = ((h + shift, s * stretch, v * gain) for h, s, v in family)
+    return _Colours(
         mantle=_rgb(*mantle),
         belly=_rgb(*belly),
         wing=_rgb(*mantle[:2], mantle[2] * rng.uniform(0.55, 0.75)),
@@ -260,9 +338,9 @@ def _plumage(rng: np.random.Generator, family: str) -> _Plumage:
     )
 
 
-def _pose(rng: np.random.Generator) -> _Pose:
+def _pose(rng: np.random.Generator, sizes: tuple[float, float]) -> _Pose:
     """Random size, tilt, mirroring and position, with the whole bird inside the frame."""
-    size, angle = rng.uniform(0.55, 0.75), math.radians(rng.uniform(-16, 16))
+    size, angle = rng.uniform(*sizes), math.radians(rng.uniform(-16, 16))
     x_size = size * rng.uniform(0.94, 1.06) * (1 if rng.random() < 0.5 else -1)
     cos, sin = math.cos(angle), math.sin(angle)
     pose = _Pose(x_size * np.array((cos, sin)), size * np.array((-sin, cos)), np.zeros(2))
@@ -270,7 +348,7 @@ def _pose(rng: np.random.Generator) -> _Pose:
     return pose._replace(origin=rng.uniform(1 - box.min(0), SIZE - 1 - box.max(0)))
 
 
-def _background(rng: np.random.Generator) -> Image.Image:
+def _background(rng: np.random.Generator, size: int) -> Image.Image:
     """Out-of-focus colours and discs of light, drawn small because nothing in them is sharp."""
     hue, other = rng.uniform(0.08, 0.65), rng.normal(0, 0.1)
     cells = [_rgb(hue + other * rng.random(), rng.uniform(0.15, 0.55), rng.uniform(0.3, 0.85)) for _ in range(25)]
@@ -282,16 +360,16 @@ def _background(rng: np.random.Generator) -> Image.Image:
         colour = _rgb(hue + rng.normal(0, 0.08), rng.uniform(0.05, 0.5), rng.uniform(0.7, 1))
         disc = (column - x) ** 2 + (column[:, None] - y) ** 2 < radius**2
         image.paste(colour, None, Image.fromarray(disc * np.uint8(rng.integers(25, 100))))
-    return image.filter(ImageFilter.BoxBlur(1)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    return image.filter(ImageFilter.BoxBlur(1)).resize((size, size), Image.Resampling.BICUBIC)
 
 
-def _foliage(rng: np.random.Generator, plumage: _Plumage) -> list[Shape]:
-    """6 to 17 leaves, stalks and berries; some have the colours of the bird's own parts."""
+def _foliage(rng: np.random.Generator, plumage: _Colours, variant: Variant) -> list[Shape]:
+    """Leaves, stalks and berries; some have the colours of the bird's own parts."""
     season = rng.uniform(0.12, 0.4)
     shapes = []
-    for _ in range(rng.integers(6, 18)):
+    for _ in range(rng.integers(*variant.foliage)):
         colour = _rgb(season + rng.normal(0, 0.05), rng.uniform(0.25, 0.7), rng.uniform(0.3, 0.8))
-        if rng.random() < 0.25:
+        if rng.random() < variant.decoys:
             colour = plumage.mark if rng.random() < 0.6 else plumage.beak
         kind = (_leaf, _leaf, _stalk, _berry)[rng.integers(4)]
         shapes += kind(rng, rng.uniform(0, SIZE, 2), rng.uniform(0, 2 * math.pi), colour)
@@ -351,7 +429,7 @@ def _branch(rng: np.random.Generator, foot: np.ndarray) -> tuple[list[Shape], np
     return [strip(0, 1, 1), strip(0, 0.25, 1.25), strip(0.7, 1, 0.75)], np.array((1, slope)) / math.sqrt(1 + slope**2)
 
 
-def _legs(pose: _Pose, direction: np.ndarray, plumage: _Plumage) -> list[Shape]:
+def _legs(pose: _Pose, direction: np.ndarray, plumage: _Colours) -> list[Shape]:
     """Legs down to the branch and toes along it, in pixels."""
     foot, down = pose.place((56, 91)), pose.y_axis
     unit = math.sqrt(down[0] ** 2 + down[1] ** 2)
@@ -369,7 +447,7 @@ def _legs(pose: _Pose, direction: np.ndarray, plumage: _Plumage) -> list[Shape]:
     return shapes
 
 
-def _body(plumage: _Plumage) -> list[Shape]:
+def _body(plumage: _Colours) -> list[Shape]:
     """Back, head and belly, each with a darker rim below and behind."""
     return [
         (BODY, _tone(plumage.mantle, 0.82)),
@@ -379,56 +457,79 @@ def _body(plumage: _Plumage) -> list[Shape]:
     ]
 
 
-def _wing(rng: np.random.Generator, level: int, plumage: _Plumage) -> list[Shape]:
+def _wing(rng: np.random.Generator, level: int, plumage: _Colours, size: float = 1.0) -> list[Shape]:
     """One broad pale bar across the wing (level 0) or two narrow ones (1)."""
     shift = rng.normal(0, 1.2) * WING_AXIS
     lines = [(_stroke(start, end, 0.9), _tone(plumage.wing, 0.75)) for start, end in FEATHERS]
-    bars = [(_stroke(start, end, width) + shift, plumage.mark) for start, end, width in WING_BARS[level]]
-    return [(WING, _tone(plumage.wing, 0.75)), (_inner(WING), plumage.wing), *lines, *bars]
+    bars = [_scaled(_stroke(start, end, width), CENTRES["wing"], size) for start, end, width in WING_BARS[level]]
+    marks = [(bar + shift, plumage.mark) for bar in bars]
+    return [(WING, _tone(plumage.wing, 0.75)), (_inner(WING), plumage.wing), *lines, *marks]
 
 
-def _tail(rng: np.random.Generator, level: int, plumage: _Plumage) -> list[Shape]:
+def _tail(rng: np.random.Generator, level: int, plumage: _Colours, size: float = 1.0) -> list[Shape]:
     """A pale band over the tip of the tail (level 0) or two pale streaks along its edges (1)."""
     shift = rng.normal(0, 1)
     upper, lower = TAIL[4] + (TAIL[5] - TAIL[4]) * (5 + shift) / 17, TAIL[3] + (TAIL[2] - TAIL[3]) * (5 + shift) / 18
     marks = [np.array((lower, TAIL[3], TAIL[4], upper))]
     if level == 1:
         marks = [_stroke(start, np.add(end, (shift, -shift * 0.65)), 2.6) for start, end in TAIL_STREAKS]
-    return [(TAIL, plumage.wing), *((mark, plumage.mark) for mark in marks)]
+    return [(TAIL, plumage.wing), *((_scaled(mark, CENTRES["tail"], size), plumage.mark) for mark in marks)]
 
 
-def _beak(level: int, plumage: _Plumage) -> list[Shape]:
+def _beak(level: int, plumage: _Colours, size: float = 1.0) -> list[Shape]:
     """A straight cone (level 0) or a hook (1), with a dark gape."""
-    return [(BEAKS[level], plumage.beak), (_stroke(*GAPES[level], 1.0), plumage.dark)]
+    beak, gape = BEAKS[level], _stroke(*GAPES[level], 1.0)
+    return [
+        (_scaled(beak, CENTRES["beak"], size), plumage.beak),
+        (_scaled(gape, CENTRES["beak"], size), plumage.dark),
+    ]
 
 
-def _eye(rng: np.random.Generator, level: int, plumage: _Plumage) -> list[Shape]:
+def _eye(rng: np.random.Generator, level: int, plumage: _Colours, size: float = 1.0) -> list[Shape]:
     """A dark eye in a pale ring (level 0) or on a pale stripe (1)."""
     centre = EYE + rng.normal(0, 0.4, 2)
     start, end, width = EYE_STRIPE
     mark = _stroke(centre + start, centre + end, width) if level == 1 else _disc(centre, EYE_RING)
-    glint = _disc(centre + np.array((1, -1)), 0.9)
-    return [(mark, plumage.mark), (_disc(centre, 3.1), plumage.dark), (glint, (255, 255, 255))]
+    shapes = [
+        (mark, plumage.mark),
+        (_disc(centre, 3.1), plumage.dark),
+        (_disc(centre + np.array((1, -1)), 0.9), (255, 255, 255)),
+    ]
+    return [(_scaled(points, centre, size), colour) for points, colour in shapes]
+
+
+def _scaled(points: np.ndarray, centre: tuple[float, float] | np.ndarray, size: float) -> np.ndarray:
+    """Corners moved towards a centre; to the last bit where they are with size 1."""
+    return points if size == 1 else np.asarray(centre) + size * (points - centre)
 
 
 def _photograph(rng: np.random.Generator, image: Image.Image) -> np.ndarray:
-    """Uneven light, exposure, white balance, contrast and sensor noise; uint8 (192, 192, 3)."""
-    ramp = np.linspace(-1, 1, SIZE, dtype=np.float32)
+    """Uneven light, exposure, white balance, contrast and sensor noise; uint8 (size, size, 3)."""
+    size = image.width
+    ramp = np.linspace(-1, 1, size, dtype=np.float32)
     across, down = rng.normal(0, 0.12, 2).astype(np.float32)
     light = 1 + across * ramp.repeat(3) + down * ramp[:, None]  # (192, 576): colours side by side are quicker
     contrast = rng.uniform(0.8, 1.15)
     gain = rng.uniform(0.75, 1.15) * contrast * rng.normal(1, 0.04, 3).astype(np.float32)
     pixels = rng.standard_normal(light.shape, np.float32) * np.float32(rng.uniform(1, 5))
-    pixels += np.asarray(image).reshape(light.shape) * (light * np.tile(gain, SIZE))
+    pixels += np.asarray(image).reshape(light.shape) * (light * np.tile(gain, size))
     pixels += np.float32(128 * (1 - contrast))
-    return np.rint(pixels).clip(0, 255).astype(np.uint8).reshape(SIZE, SIZE, 3)
+    return np.rint(pixels).clip(0, 255).astype(np.uint8).reshape(size, size, 3)
 
 
 def _paint(image: Image.Image, shapes: list[Shape], scale: int) -> None:
-    """Fill the shapes (pixels) one over the other, with edges smoothed by averaging scale x scale subpixels."""
+    """Fill the shapes one over the other, with edges smoothed by averaging scale x scale subpixels.
+
+    Args:
+        image: Of `SIZE` x `SIZE` pixels, or of more, for which the shapes are enlarged.
+        shapes: In pixels of `SIZE` x `SIZE`.
+        scale: Subpixels along a side.
+    """
+    zoom = image.width / SIZE
+    shapes = [(points * zoom, colour) for points, colour in shapes]
     corners = np.concatenate([points for points, _ in shapes])
     left, top = np.maximum(np.floor(corners.min(0)), 0).astype(int)
-    right, bottom = np.minimum(np.ceil(corners.max(0)), SIZE).astype(int)
+    right, bottom = np.minimum(np.ceil(corners.max(0)), image.width).astype(int)
     patch = image.crop((left, top, right, bottom))
     patch = np.array(patch.resize((patch.width * scale, patch.height * scale), Image.Resampling.NEAREST))
     pixel, shape = _inside([(points - (left, top)) * scale for points, _ in shapes], *patch.shape[:2])

@@ -1,6 +1,7 @@
 """What a recipe says, as objects: the model, and all that trains it."""
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from timm.optim import create_optimizer_v2, get_optimizer_info
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -23,6 +25,7 @@ from ..errors import UserError
 from ..hub import check_folder
 from ..recipe import Recipe
 from ..tasn import TASN
+from ..weights import weights_in
 from .freezing import FreezeSchedule
 from .objective import Objective, create_objective
 
@@ -77,9 +80,52 @@ def build_model(recipe: Recipe, classes: int) -> nn.Module:
             f"img_size {recipe.img_size} is smaller than the {smallest} pixels that {recipe.model} samples from it: "
             f"use img_size {smallest} or more, or a smaller sample_size in model_kwargs."
         )
+    if recipe.initial_checkpoint is not None:
+        start_from(model, Path(recipe.initial_checkpoint))
     if recipe.sync_bn:
         model = convert_sync_batchnorm(model)
     return model.to(memory_format=torch.channels_last) if recipe.channels_last else model
+
+
+def start_from(model: nn.Module, folder: Path) -> None:
+    """Give a model the weights of another one of ours, or of a plain timm model, that have the same names and shapes.
+
+    A TASN's backbone and a plain timm model's weights are the same thing. Classifiers stay new. What the other one does
+    not have at all (a plain model's attention net) stays as it is.
+
+    Args:
+        model: As created.
+        folder: Of a run, for its best/, or of a model.
+
+    Raises:
+        UserError: There is no such model, or its backbone or attention net is another one.
+    """
+    if not (folder / "config.json").is_file() and (folder / "best").is_dir():
+        folder /= "best"
+    check_folder(folder)
+    given = load_file(weights_in(folder))
+    if not any(name.startswith("backbone.") for name in given):
+        given = {f"backbone.{name}": value for name, value in given.items()}
+    own = model.state_dict()
+    ours = any(name.startswith("backbone.") for name in own)
+    classifiers = model.pretrained_cfg["classifier"]
+    classifiers = tuple(f"{name}." for name in ([classifiers] if isinstance(classifiers, str) else classifiers))
+    parts = {name.split(".")[0] for name in given}
+    taken, missing = {}, []
+    for name, value in own.items():
+        source = re.sub(r"aux_bn\.\d+\.", "", name if ours else f"backbone.{name}")
+        if name.startswith(classifiers) or source.split(".")[0] not in parts:
+            continue
+        if source not in given or given[source].shape != value.shape:
+            missing.append(name)
+        else:
+            taken[name] = given[source]
+    if missing:
+        raise UserError(
+            f"initial_checkpoint {str(folder)!r} is another network: it has no {missing[0]} of that shape, and "
+            f"{len(missing) - 1} more are missing. Give one with the same backbone and attention net."
+        )
+    model.load_state_dict(own | taken)
 
 
 def crop_share(img_size: int, resize: int) -> float:
