@@ -15,6 +15,7 @@ from .commands import (
     prepare,
     publish,
     recipes,
+    reproduce,
     run,
     visualize,
 )
@@ -30,6 +31,7 @@ COMMANDS = {
     "prepare": prepare,
     "publish": publish,
     "recipes": recipes,
+    "reproduce": reproduce,
     "run": run,
     "visualize": visualize,
 }

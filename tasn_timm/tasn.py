@@ -201,6 +201,7 @@ class TASN(BackboneClassifier):
         self.part_net = part_net
         self.parts = parts if part_net else 0
         self.detail_control = detail_control
+        self.split_bn = split_bn
         self.distilled_training = False
         self._model_args = model_args
         stem = tuple(f"attention_net.trunk.{name}" for name in stem_convolutions(self.attention_net.trunk))
@@ -209,23 +210,34 @@ class TASN(BackboneClassifier):
     def forward(self, image: Tensor) -> Tensor | TASNOutput:
         if not self.training or self.num_classes == 0:
             return super().forward(self.sample(image))
-        # Without iteration or len(), which torch.fx cannot trace.
         features = self.attention_features(image)  # X: (B, C, h, w)
-        maps = self.trilinear_attention(features)  # Eq. 2: (B, h, w), (B, parts, h, w)
-        structure_map, detail_maps = maps[0], maps[1]
-
-        views = [self.structure_sampler(image, structure_map)] if self.master_net else []  # I_s: (B, 3, H', W')
-        if self.detail_control is not None:
-            shaped = shape_map(structure_map, self.structure_sampler.shape)
-            detail_maps = control_maps(self.detail_control, shaped, self.parts)
-        views += [self.detail_sampler(image, detail_maps[:, i]) for i in range(self.parts)]  # I_d
-        pooled = self.embed(self.normalized(torch.cat(views), image))  # one batch: shared weights and BN statistics
+        pooled = self.embed(self.views(image, features))  # one batch: shared weights and BN statistics
         first = image.shape[0] if self.master_net else 0
         logits = self.heads.forward_views(
             pooled[:first] if self.master_net else None, pooled[first:] if self.part_net else None
         )
         output = TASNOutput(*logits, self.attention_net.classify(features))
         return output if self.distilled_training else self._mean_logits(output)
+
+    def views(self, image: Tensor, features: Tensor) -> Tensor:
+        """What the backbone is trained on: structure images, where there is a master net, and details of each part.
+
+        Args:
+            image: (B, 3, H, W).
+            features: X of it, see `attention_features`.
+
+        Returns:
+            (B (1 + parts), 3, H', W'), normalised: all structure images, all first details, ... Details are random;
+            `trilinear_attention` draws them in training mode alone.
+        """
+        maps = self.trilinear_attention(features)  # Eq. 2: (B, h, w), (B, parts, h, w)
+        structure_map, detail_maps = maps[0], maps[1]  # without iteration or len(), which torch.fx cannot trace
+        views = [self.structure_sampler(image, structure_map)] if self.master_net else []  # I_s: (B, 3, H', W')
+        if self.detail_control is not None:
+            shaped = shape_map(structure_map, self.structure_sampler.shape)
+            detail_maps = control_maps(self.detail_control, shaped, self.parts)
+        views += [self.detail_sampler(image, detail_maps[:, i]) for i in range(self.parts)]  # I_d
+        return self.normalized(torch.cat(views), image)
 
     def attention_features(self, image: Tensor) -> Tensor:
         """The attention net's features X (B, C, h, w) of an image (B, 3, H, W)."""

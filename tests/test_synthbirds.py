@@ -187,11 +187,14 @@ def test_second_load_draws_nothing(tmp_path, few_images, monkeypatch):
 
     monkeypatch.setattr(synthbirds, "draw", fail)
     assert len(synthbirds.load(tmp_path, num_proc=2)["test"]) == FEW["test"]
-    for name, value in {"VERSION": -1, "SPLITS": {"test": 6}}.items():
-        with monkeypatch.context() as patch, pytest.raises(Exception) as error:
-            patch.setattr(synthbirds, name, value)
-            synthbirds.load(tmp_path, num_proc=1)
-        assert "drew again" in str(error.value.__cause__)
+    with monkeypatch.context() as patch, pytest.raises(Exception) as error:
+        patch.setattr(synthbirds, "VERSION", -1)
+        synthbirds.load(tmp_path, num_proc=1)
+    assert "drew again" in str(error.value.__cause__)
+    with monkeypatch.context() as patch, pytest.raises(Exception) as error:
+        patch.setitem(synthbirds.VARIANTS, "synthbirds", synthbirds.Variant({"test": 6}))
+        synthbirds.load(tmp_path, num_proc=1)
+    assert "drew again" in str(error.value.__cause__)
 
 
 def test_progress_has_a_total_on_a_terminal(tmp_path, monkeypatch):
@@ -200,7 +203,7 @@ def test_progress_has_a_total_on_a_terminal(tmp_path, monkeypatch):
             return True
 
     monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setattr(synthbirds, "SPLITS", {"test": 6})
+    monkeypatch.setitem(synthbirds.VARIANTS, "synthbirds", synthbirds.Variant({"test": 6}))
     synthbirds.load(tmp_path, num_proc=1)
     assert "Generating test split: 100%" in sys.stderr.getvalue() and "6/6" in sys.stderr.getvalue()
 
@@ -225,8 +228,8 @@ for name, split in synthbirds.load(sys.argv[1], num_proc=1).items():
 def test_killed_generation_is_done_again(tmp_path, few_images):
     code = """
 draw = synthbirds.draw
-def draw_some(split, index, seed):
-    return os.kill(os.getpid(), signal.SIGKILL) if split == "train" and index == 30 else draw(split, index, seed)
+def draw_some(split, index, seed, variant):
+    return os.kill(os.getpid(), signal.SIGKILL) if split == "train" and index == 30 else draw(split, index, seed, variant)
 synthbirds.draw = draw_some
 synthbirds.load(sys.argv[1], num_proc=1)
 """

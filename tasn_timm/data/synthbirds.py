@@ -183,9 +183,7 @@ def draw(split: str, index: int, seed: int = 0, variant: str = "synthbirds") -> 
     if split not in chosen.splits:
         raise unknown("split", split, chosen.splits)
     if not 0 <= index < chosen.splits[split]:
-        raise UserError(
-            f"index {index} is out of range: split {split!r} has images 0 to {chosen.splits[split] - 1}"
-        )
+        raise UserError(f"index {index} is out of range: split {split!r} has images 0 to {chosen.splits[split] - 1}")
     species = chosen.species
     rng = np.random.default_rng([seed, SPLIT_NUMBERS[split], index, *chosen.key])
     return _draw(rng, *species[index % len(species)], chosen)

@@ -7,6 +7,7 @@ import platform
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
@@ -248,6 +250,8 @@ class Run:
             machine=platform.machine(),
             system=platform.system(),
             device=str(self.accelerator.device),
+            cpu=torch.backends.cpu.get_cpu_capability(),
+            commit=_commit(),
             processes=self.accelerator.num_processes,
             mixed_precision=self.accelerator.mixed_precision,
             command=self.command,
@@ -257,6 +261,20 @@ class Run:
         aside = self.folder / ".environment.json"
         aside.write_text(json.dumps(environment, indent=2) + "\n")
         aside.replace(self.folder / "environment.json")
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that this code is in, with "+" where files differ from it; None outside of one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], check=True, capture_output=True)
+        commit, changes = (
+            subprocess.run([*git, *words], check=True, capture_output=True, text=True).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + "+" * bool(changes)
 
 
 def _finite(values: Any) -> Any:

@@ -1,0 +1,295 @@
+"""What the paper claims, on data that everybody can draw: contenders, tables, statistics and RESULTS.md.
+
+`evidence.yaml` names contenders (a recipe and what is changed of it) and tables (which of them are compared). Every run
+leaves a JSON file, `Result`; RESULTS.md is written from these alone.
+"""
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from math import sqrt
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from scipy.stats import t as student_t
+
+from .errors import UserError, unknown
+from .files import write_whole
+
+FILE = Path(__file__).with_name("evidence.yaml")
+REPORT = "RESULTS.md"
+CONFIDENCE = 0.95
+SEEDS = (0, 1, 2)
+
+
+class Contender(NamedTuple):
+    """A recipe with some of its options changed."""
+
+    name: str
+    recipe: str
+    options: dict[str, Any]  # of `Recipe`
+    start: str | None = None  # contender whose run of the same seed it starts from
+
+    def options_of(self, seed: int) -> dict[str, Any]:
+        """Its options in the run of a seed."""
+        return {
+            name: value.format(seed=seed) if isinstance(value, str) else value for name, value in self.options.items()
+        } | dict(seed=seed)
+
+
+class Row(NamedTuple):
+    """A contender in a table."""
+
+    contender: str
+    row: str  # what it is called there
+    paper: float | None = None  # the paper's accuracy of what it stands for, per cent
+
+
+class Table(NamedTuple):
+    """Contenders that are compared, in the paper's order."""
+
+    name: str
+    title: str
+    rows: list[Row]
+    about: str = ""  # what is to know before the table
+    finding: str = ""  # what we read out of it
+    views: bool = False  # whether to show the accuracy of each classifier on each view
+
+
+class Plan(NamedTuple):
+    """All of evidence.yaml."""
+
+    contenders: dict[str, Contender]
+    tables: dict[str, Table]
+
+
+@dataclass
+class Result:
+    """What a run has shown, and what made it."""
+
+    contender: str
+    seed: int
+    recipe: str
+    options: dict[str, Any]  # changed of the recipe
+    start: str | None
+    top1: float  # of the test split, read once, per cent
+    images: int  # of it
+    validation: list[float]  # top-1 after each epoch, per cent
+    train_loss: list[float]  # mean of each epoch
+    views: dict[str, float] | None  # validation top-1 of each classifier and view, see `reproduce.accuracy_of_views`
+    mflops: float  # of an image at inference
+    parameters: int
+    steps: int  # of the optimizer
+    images_per_second: float  # median over the epochs, of training
+    environment: dict[str, Any]  # commit, versions, machine
+
+    @property
+    def slope(self) -> float:
+        """How much the validation accuracy rose from one eighth of the epochs to the next at the end, in points."""
+        eighth = max(1, len(self.validation) // 8)
+        last, before = self.validation[-eighth:], self.validation[-2 * eighth : -eighth] or self.validation[:1]
+        return statistics.mean(last) - statistics.mean(before)
+
+
+def read_plan(path: Path = FILE) -> Plan:
+    """Read contenders and tables.
+
+    Raises:
+        UserError: It is not such a file, or names a contender that it does not have.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+        common = content.get("common", {})
+        contenders = {
+            name: Contender(
+                name, given["recipe"], common | {k: v for k, v in given.items() if k not in ("recipe", "start")},
+                given.get("start"),
+            )
+            for name, given in content["contenders"].items()
+        }  # fmt: skip
+        tables = {
+            name: Table(name, **given | dict(rows=[Row(**row) for row in given["rows"]]))
+            for name, given in content["tables"].items()
+        }
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{str(path)!r} is no plan of contenders and tables ({reason}): see {FILE.name}.") from error
+    wanted = [row.contender for table in tables.values() for row in table.rows]
+    wanted += [contender.start for contender in contenders.values() if contender.start]
+    for name in wanted:
+        if name not in contenders:
+            raise unknown(f"contender in {path.name}:", name, contenders)
+    return Plan(contenders, tables)
+
+
+def result_file(folder: Path, contender: str, seed: int) -> Path:
+    """Where the result of a run is kept."""
+    return folder / f"{contender}.seed{seed}.json"
+
+
+def write_result(folder: Path, result: Result) -> None:
+    """Keep the result of a run."""
+    text = json.dumps(asdict(result), indent=1) + "\n"
+    write_whole(result_file(folder, result.contender, result.seed), text, "--results")
+
+
+def read_results(folder: Path) -> dict[str, list[Result]]:
+    """Read what there is: contender -> its results by seed.
+
+    Raises:
+        UserError: A file is damaged.
+    """
+    results: dict[str, list[Result]] = {}
+    names = {field.name for field in fields(Result)}
+    for path in sorted(folder.glob("*.seed*.json")):
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"result {str(path)!r} cannot be read ({error}): remove it, and it is run again."
+            ) from error
+        if not isinstance(content, dict) or set(content) != names:
+            raise UserError(f"result {str(path)!r} is not one of a run: remove it, and it is run again.")
+        result = Result(**content)
+        results.setdefault(result.contender, []).append(result)
+    return {name: sorted(each, key=lambda result: result.seed) for name, each in results.items()}
+
+
+class Difference(NamedTuple):
+    """Of two contenders, paired by seed: mean and half the width of its confidence interval, in points."""
+
+    mean: float
+    half: float | None  # None for fewer than two seeds
+    seeds: int
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the interval leaves out 0, else 0: undecided."""
+        if self.half is None or abs(self.mean) <= self.half:
+            return 0
+        return 1 if self.mean > 0 else -1
+
+    def __str__(self) -> str:
+        if self.half is None:
+            return f"{self.mean:+.1f} (one seed)"
+        return f"{self.mean:+.1f} ({self.mean - self.half:+.1f} to {self.mean + self.half:+.1f})"
+
+
+def difference(one: Sequence[Result], other: Sequence[Result]) -> Difference | None:
+    """Test accuracy of the first minus that of the second over the seeds that both have; None without any.
+
+    The interval is Student's, of 95 %, for the mean of the paired differences.
+    """
+    others = {result.seed: result.top1 for result in other}
+    gaps = [result.top1 - others[result.seed] for result in one if result.seed in others]
+    if not gaps:
+        return None
+    half = None
+    if len(gaps) > 1:
+        quantile = student_t.ppf((1 + CONFIDENCE) / 2, len(gaps) - 1)
+        half = float(quantile * statistics.stdev(gaps) / sqrt(len(gaps)))
+    return Difference(statistics.mean(gaps), half, len(gaps))
+
+
+def report(plan: Plan, results: Mapping[str, Sequence[Result]]) -> str:
+    """RESULTS.md: every table of which there is a run."""
+    blocks = [_section(table, results) for table in plan.tables.values() if _has_any(table, results)]
+    every = [result for each in results.values() for result in each]
+    return "\n\n".join([_HEAD.format(runs=len(every)), _machines(every), *blocks]) + "\n"
+
+
+def _has_any(table: Table, results: Mapping[str, Sequence[Result]]) -> bool:
+    return any(row.contender in results for row in table.rows)
+
+
+_HEAD = """\
+# Results on generated birds
+
+Written by `python -m tasn_timm reproduce` from the JSON files beside it, of {runs} runs. Everything is measured on
+[synthbirds](../../tasn_timm/data/synthbirds.py), which anybody can draw: it says whether the paper's orderings are seen
+there, and nothing about birds in the world. Figures in the column "paper" are the paper's own, on CUB-200-2011, for what
+the row stands for. Where paper and table give an order of rows, the last line says which of its steps we see.
+
+Accuracy is top-1 of the test split, read once at the end of each run, of the epoch that was best on the validation
+split: mean and standard deviation over the seeds, then each of them. "Difference" is to the row above, paired by seed,
+with its 95 % interval (Student's); where that leaves out 0, the order of the two rows is decided, else it is not.
+"Rising" is how much the mean validation accuracy of the last eighth of the epochs is above that of the eighth before."""
+
+
+def _machines(results: Iterable[Result]) -> str:
+    kinds: dict[str, int] = {}
+    for result in results:
+        kinds[_machine(result.environment)] = kinds.get(_machine(result.environment), 0) + 1
+    return "Made by: " + "; ".join(f"{kind} ({count} runs)" for kind, count in sorted(kinds.items())) + "."
+
+
+def _machine(environment: Mapping[str, Any]) -> str:
+    versions = environment["versions"]
+    shown = ", ".join(f"{name} {versions[name]}" for name in ("torch", "timm", "accelerate"))
+    place = " ".join(str(environment[name]) for name in ("machine", "device", "cpu") if environment.get(name))
+    return f"{place}, {environment['mixed_precision']}, {shown}, commit {(environment.get('commit') or 'unknown')[:10]}"
+
+
+def _section(table: Table, results: Mapping[str, Sequence[Result]]) -> str:
+    lines = [
+        "| | paper | top-1 | seeds | difference | MFLOPs | rising |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    above: Sequence[Result] = ()
+    for row in table.rows:
+        runs = results.get(row.contender, ())
+        lines.append(_line(row, runs, difference(runs, above)))
+        above = runs
+    parts = [f"## {table.title}", table.about.strip(), "\n".join(lines)]
+    parts += [_views(table, results), _agreement(table, results), table.finding.strip()]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _line(row: Row, runs: Sequence[Result], gap: Difference | None) -> str:
+    paper = "" if row.paper is None else f"{row.paper:.1f}"
+    if not runs:
+        return f"| {row.row} (`{row.contender}`) | {paper} | not run | | | | |"
+    accuracies = [run.top1 for run in runs]
+    spread = f" ± {statistics.stdev(accuracies):.1f}" if len(runs) > 1 else ""
+    rising = statistics.mean(run.slope for run in runs)
+    cells = [
+        f"{row.row} (`{row.contender}`)",
+        paper,
+        f"{statistics.mean(accuracies):.1f}{spread}",
+        ", ".join(f"{accuracy:.1f}" for accuracy in accuracies),
+        "" if gap is None else str(gap),
+        f"{runs[0].mflops:.1f}",
+        f"{rising:+.1f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _views(table: Table, results: Mapping[str, Sequence[Result]]) -> str:
+    """How well each classifier recognises each view of validation pictures, where there is a part net."""
+    lines = []
+    for row in table.rows if table.views else ():
+        views = [run.views for run in results.get(row.contender, ()) if run.views]
+        if views:
+            means = {name: statistics.mean(view[name] for view in views) for name in views[0]}
+            lines.append(f"| {row.row} | " + " | ".join(f"{mean:.1f}" for mean in means.values()) + " |")
+            names = [name.replace("_", " ") for name in means]
+    if not lines:
+        return ""
+    head = ["| validation, mean over seeds | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    return "\n".join([*head, *lines])
+
+
+def _agreement(table: Table, results: Mapping[str, Sequence[Result]]) -> str:
+    """Which of the paper's steps from one row to the next are seen, which are contradicted, which are undecided."""
+    said = {1: [], -1: [], 0: []}
+    for lower, upper in pairwise(table.rows):
+        gap = difference(results.get(upper.contender, ()), results.get(lower.contender, ()))
+        if gap is None or lower.paper is None or upper.paper is None or lower.paper == upper.paper:
+            continue
+        step = f"{upper.row} over {lower.row}"
+        said[gap.sign * (1 if upper.paper > lower.paper else -1)].append(step)
+    words = {1: "Seen as in the paper", -1: "Contradicted", 0: "Undecided"}
+    return " ".join(f"{words[sign]}: {'; '.join(steps)}." for sign, steps in said.items() if steps)
