@@ -39,6 +39,11 @@ class Contender(NamedTuple):
             name: value.format(seed=seed) if isinstance(value, str) else value for name, value in self.options.items()
         } | dict(seed=seed)
 
+    def made(self, result: "Result") -> bool:
+        """Whether a result is of this contender as it is now."""
+        there = (result.contender, result.recipe, result.start, result.options)
+        return there == (self.name, self.recipe, self.start, self.options_of(result.seed))
+
 
 class Row(NamedTuple):
     """A contender in a table."""
@@ -103,13 +108,7 @@ def read_plan(path: Path = FILE) -> Plan:
     try:
         content = yaml.safe_load(path.read_text())
         common = content.get("common", {})
-        contenders = {
-            name: Contender(
-                name, given["recipe"], common | {k: v for k, v in given.items() if k not in ("recipe", "start")},
-                given.get("start"),
-            )
-            for name, given in content["contenders"].items()
-        }  # fmt: skip
+        contenders = {name: _contender(name, common | given) for name, given in content["contenders"].items()}
         tables = {
             name: Table(name, **given | dict(rows=[Row(**row) for row in given["rows"]]))
             for name, given in content["tables"].items()
@@ -123,6 +122,11 @@ def read_plan(path: Path = FILE) -> Plan:
         if name not in contenders:
             raise unknown(f"contender in {path.name}:", name, contenders)
     return Plan(contenders, tables)
+
+
+def _contender(name: str, given: dict[str, Any]) -> Contender:
+    options = {key: value for key, value in given.items() if key not in ("recipe", "start")}
+    return Contender(name, given["recipe"], options, given.get("start"))
 
 
 def result_file(folder: Path, contender: str, seed: int) -> Path:
@@ -210,13 +214,13 @@ _HEAD = """\
 
 Written by `python -m tasn_timm reproduce` from the JSON files beside it, of {runs} runs. Everything is measured on
 [synthbirds](../../tasn_timm/data/synthbirds.py), which anybody can draw: it says whether the paper's orderings are seen
-there, and nothing about birds in the world. Figures in the column "paper" are the paper's own, on CUB-200-2011, for what
-the row stands for. Where paper and table give an order of rows, the last line says which of its steps we see.
+there, and nothing about birds in the world. Figures in the column "paper" are the paper's own, on CUB-200-2011, for
+what the row stands for. Where the paper gives an order of the rows, a line says which of its steps we see.
 
 Accuracy is top-1 of the test split, read once at the end of each run, of the epoch that was best on the validation
 split: mean and standard deviation over the seeds, then each of them. "Difference" is to the row above, paired by seed,
 with its 95 % interval (Student's); where that leaves out 0, the order of the two rows is decided, else it is not.
-"Rising" is how much the mean validation accuracy of the last eighth of the epochs is above that of the eighth before."""
+"Rising" is how far the mean validation accuracy of the last eighth of the epochs is above that of the eighth before."""
 
 
 def _machines(results: Iterable[Result]) -> str:

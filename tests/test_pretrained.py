@@ -163,6 +163,17 @@ def test_any_number_of_channels_and_classes(hub, in_chans, num_classes):
     assert model.num_classes == num_classes
 
 
+def test_details_with_their_own_norms_start_with_the_backbone_s(hub):
+    weights = hub.publish(RESNET)
+    arguments = dict(backbone="test_resnet", attention_backbone="test_resnet", split_bn=True, parts=2)
+    backbone = create(pretrained=True, **arguments).backbone.state_dict()
+    own = {name: value for name, value in backbone.items() if ".aux_bn." in name}
+    norms = [name for name in weights if name.endswith("running_var") and name in backbone]
+    assert len(own) == 2 * 5 * len(norms) > 0
+    for name, value in backbone.items():
+        assert torch.equal(value, weights[re.sub(r"aux_bn.[01].", "", name)]), name
+
+
 @pytest.mark.parametrize("in_chans", [3, 4])
 def test_second_order_pooling_starts_from_its_backbone(hub, in_chans):
     weights = hub.publish(EFFICIENTNET)

@@ -69,6 +69,74 @@ def test_pixels_are_pinned(split, index, seed, digest):
     assert hashlib.sha256(image.tobytes()).hexdigest()[:16] == digest
 
 
+@pytest.mark.parametrize(
+    ("variant", "split", "index", "digest"),
+    [
+        ("synthbirds_hard", "train_0", 0, "e8d48f1b9211c530"),
+        ("synthbirds_hard", "train_2", 1919, "61c8b7d3a8eac01c"),
+        ("synthbirds_hard", "test", 47, "485ce116a773ef77"),
+        ("synthbirds_other", "train", 5, "ab069071a8d74a5c"),
+    ],
+)
+def test_pixels_of_variants_are_pinned(variant, split, index, digest):
+    image = synthbirds.draw(split, index, variant=variant)
+    assert image.shape == (240, 240, 3)
+    assert hashlib.sha256(image.tobytes()).hexdigest()[:16] == digest
+
+
+def test_no_two_variants_or_splits_share_a_picture():
+    drawn = [
+        synthbirds.draw(split, 0, variant=variant)
+        for variant in ("synthbirds_hard", "synthbirds_other")
+        for split in synthbirds.VARIANTS[variant].splits
+    ]
+    for one, other in itertools.combinations(drawn, 2):
+        assert (one != other).mean() > 0.9
+
+
+def test_the_hard_variant_has_every_word_and_few_pictures_of_each():
+    hard = synthbirds.VARIANTS["synthbirds_hard"]
+    assert len(set(hard.class_names)) == 48 and all(count % 48 == 0 for count in hard.splits.values())
+    assert hard.splits["train_0"] // 48 == 40 < synthbirds.SPLITS["train"] // 24
+    words = {word for _, word in hard.species}
+    assert all(sum(a != b for a, b in zip(one, other)) for one, other in itertools.combinations(words, 2))
+    assert min(sum(a != b for a, b in zip(one, other)) for one, other in itertools.combinations(words, 2)) == 1
+    other = synthbirds.VARIANTS["synthbirds_other"]
+    assert not set(other.families) & set(hard.families)
+
+
+@pytest.mark.parametrize("part", synthbirds.PARTS)
+def test_smaller_marks_change_fewer_pixels(part):
+    """Of the picture beside the bird, which is drawn alike."""
+
+    def changed(marks: float) -> float:
+        variant = synthbirds.Variant({}, marks=marks)
+        drawn = []
+        for level in (0, 1):
+            word = [0, 0, 0, 0]
+            word[list(synthbirds.PARTS).index(part)] = level
+            rng = np.random.default_rng(3)
+            drawn.append(synthbirds._draw(rng, "blue", tuple(word), variant).astype(float))
+        return (np.abs(drawn[1] - drawn[0]).max(-1) > 8).sum()
+
+    assert 0 < changed(0.6) < changed(1.0)
+
+
+def test_a_finer_variant_is_the_same_picture_with_more_pixels():
+    word = (1, 0, 1, 0)
+    coarse, fine = (
+        synthbirds._draw(np.random.default_rng(5), "olive", word, synthbirds.Variant({}, size=size)).astype(float)
+        for size in (192, 384)
+    )
+    # All but the camera's noise, which is drawn for each pixel.
+    assert np.abs(shrink(fine, 8) - shrink(coarse, 4)).mean() < 2
+
+
+def test_unknown_variants_are_refused():
+    with pytest.raises(ValueError, match="unknown variant of synthbirds 'synthbirds_hrad': did you mean"):
+        synthbirds.draw("test", 0, variant="synthbirds_hrad")
+
+
 def test_every_image_is_different_and_repeatable():
     keys = [("train", 0), ("train", 24), ("validation", 0), ("test", 0)]
     images = [synthbirds.draw(*key) for key in keys]
@@ -228,8 +296,8 @@ for name, split in synthbirds.load(sys.argv[1], num_proc=1).items():
 def test_killed_generation_is_done_again(tmp_path, few_images):
     code = """
 draw = synthbirds.draw
-def draw_some(split, index, seed, variant):
-    return os.kill(os.getpid(), signal.SIGKILL) if split == "train" and index == 30 else draw(split, index, seed, variant)
+def draw_some(split, index, *rest):
+    return os.kill(os.getpid(), signal.SIGKILL) if split == "train" and index == 30 else draw(split, index, *rest)
 synthbirds.draw = draw_some
 synthbirds.load(sys.argv[1], num_proc=1)
 """

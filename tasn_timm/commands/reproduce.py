@@ -145,10 +145,7 @@ def _listing(plan: "Plan", tables: list[str], seeds: list[int], results: dict[Jo
 def _check_same(plan: "Plan", results: dict[Job, "Result"]) -> None:
     """A result of other options than the plan has now would be told as if it were the plan's."""
     for (name, seed), result in results.items():
-        contender = plan.contenders.get(name)
-        if contender and (result.recipe, result.options, result.start) != (
-            contender.recipe, contender.options_of(seed), contender.start,
-        ):  # fmt: skip
+        if name in plan.contenders and not plan.contenders[name].made(result):
             raise UserError(
                 f"the result of {name} seed {seed} was made with other options than the plan has now: remove its file, "
                 f"and it is run again."

@@ -1,13 +1,14 @@
 """Synthbirds: small fine-grained datasets that are drawn, not downloaded.
 
-The first of them, "synthbirds": 24 species of birds on branches, 192 x 192 pixels. Three plumages can be told apart at any resolution; the eight species
-of a plumage differ only in four small parts (beak, eye, wing, tail), each of which comes in two forms of about the same
-area and colour, so that shrinking the image to 48 x 48 pixels averages the difference away. A classifier has to look
-closely, and only where the bird is. `VARIANTS` has harder ones, and other birds to start from.
+The first of them, "synthbirds": 24 species of birds on branches, 192 x 192 pixels. Three plumages can be told apart at
+any resolution; the eight species of a plumage differ only in four small parts (beak, eye, wing, tail), each of which
+comes in two forms of about the same area and colour, so that shrinking the image to 48 x 48 pixels averages the
+difference away. A classifier has to look closely, and only where the bird is. `VARIANTS` has harder birds, and other
+ones to start from.
 
-Image `index` of a split depends on (variant, seed, split, index) and nothing else, and is the same on every machine: shapes are
-filled by our own few lines, pixels are only added and multiplied, and from Pillow come resizing, blurring and pasting,
-which have not changed between versions 10 and 13.
+Image `index` of a split depends on (variant, seed, split, index) and nothing else, and is the same on every machine:
+shapes are filled by our own few lines, pixels are only added and multiplied, and from Pillow come resizing, blurring
+and pasting, which have not changed between versions 10 and 13.
 
     load()["train"][0]  # {"image": <PIL.Image 192 x 192>, "label": 0}
     draw("train", 0)  # the same pixels as an array, without the `datasets` library
@@ -91,8 +92,8 @@ SYNTHBIRDS = Variant(SPLITS)
 SPECIES, CLASS_NAMES = SYNTHBIRDS.species, SYNTHBIRDS.class_names
 VARIANTS = {
     "synthbirds": SYNTHBIRDS,
-    # 40 images of each of 48 classes, of which two may differ in a single mark; finer pixels, smaller birds with smaller
-    # marks, twice the foliage, half of it in the marks' colours. Three training splits, to vary the images as well.
+    # 40 images of each of 48 classes, of which two may differ in a single mark; finer pixels, smaller birds with
+    # smaller marks, twice the foliage, half of it in the marks' colours. Three training splits, to vary the images.
     "synthbirds_hard": Variant(
         {"train_0": 1920, "train_1": 1920, "train_2": 1920, "validation": 480, "test": 1440},
         words=ALL_WORDS,

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import timm
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, get_optimizer_info
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 

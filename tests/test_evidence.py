@@ -1,0 +1,176 @@
+"""Evidence: plan, statistics against SciPy's own test, and what RESULTS.md says of results."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+from scipy import stats
+
+from tasn_timm.evidence import (
+    Contender,
+    Plan,
+    Result,
+    Row,
+    Table,
+    difference,
+    read_plan,
+    read_results,
+    report,
+    write_result,
+)
+from tasn_timm.recipe import load_recipe
+
+ENVIRONMENT = dict(
+    commit="0123456789abcdef", versions=dict(torch="2", timm="1", accelerate="1"), machine="x86_64", cpu="AVX2",
+    device="cpu", mixed_precision="bf16",
+)  # fmt: skip
+
+
+def result(contender: str, seed: int, top1: float, **changes) -> Result:
+    values = dict(
+        contender=contender,
+        seed=seed,
+        recipe="synthbirds",
+        options=dict(seed=seed),
+        start=None,
+        top1=top1,
+        images=960,
+        validation=[10.0, 50.0, 80.0, 81.0],
+        train_loss=[3.0, 2.0, 1.0, 0.5],
+        views=None,
+        mflops=15.4,
+        parameters=1000,
+        steps=100,
+        images_per_second=200.0,
+        environment=ENVIRONMENT,
+    )
+    return Result(**values | changes)
+
+
+def results(**accuracies: list[float]) -> dict[str, list[Result]]:
+    return {name: [result(name, seed, top1) for seed, top1 in enumerate(each)] for name, each in accuracies.items()}
+
+
+def plan(*rows: tuple[str, float | None], **about) -> Plan:
+    table = Table("one", "Title", [Row(name, f"row {name}", paper) for name, paper in rows], **about)
+    return Plan({name: Contender(name, "synthbirds", {}) for name, _ in rows}, {"one": table})
+
+
+def test_the_interval_is_that_of_a_paired_t_test():
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(90, 1, 5), rng.normal(88, 1, 5)
+    gap = difference(results(a=list(one))["a"], results(b=list(other))["b"])
+    test = stats.ttest_rel(one, other)
+    low, high = test.confidence_interval(0.95)
+    np.testing.assert_allclose([gap.mean - gap.half, gap.mean + gap.half], [low, high])
+    assert (gap.sign != 0) == (test.pvalue < 0.05)
+
+
+def test_differences_are_paired_by_seed():
+    one = [result("a", seed, top1) for seed, top1 in ((0, 90.0), (2, 80.0), (5, 1.0))]
+    other = [result("b", seed, top1) for seed, top1 in ((2, 70.0), (0, 85.0), (7, 99.0))]
+    gap = difference(one, other)
+    assert (gap.mean, gap.seeds) == (7.5, 2)
+    assert difference(one, other[2:]) is None
+    single = difference(one[:1], other)
+    assert single.mean == 5 and single.half is None and single.sign == 0 and str(single) == "+5.0 (one seed)"
+
+
+@pytest.mark.parametrize(
+    ("upper", "said"),
+    [
+        ([90.0, 91.0, 90.5], "Seen as in the paper: row b over row a."),
+        ([70.0, 71.0, 70.5], "Contradicted: row b over row a."),
+        ([80.1, 81.5, 79.0], "Undecided: row b over row a."),
+    ],
+)
+def test_the_paper_s_steps_are_seen_contradicted_or_undecided(upper, said):
+    text = report(plan(("a", 84.0), ("b", 85.0)), results(a=[80.0, 81.0, 80.5], b=upper))
+    assert said in text and sum(word in text for word in ("Seen as", "Contradicted:", "Undecided:")) == 1
+
+
+def test_steps_that_the_paper_does_not_make_are_not_judged():
+    text = report(plan(("a", 84.0), ("b", 84.0), ("c", None)), results(a=[1.0, 2.0], b=[3.0, 4.0], c=[5.0, 6.0]))
+    assert not any(word in text for word in ("Seen as", "Contradicted:", "Undecided:"))
+
+
+def test_the_report_has_every_figure():
+    views = dict(master_on_structure=80.0, part_on_detail=60.0)
+    found = results(a=[80.0, 81.0, 82.0], b=[90.0, 91.0, 92.0])
+    found["b"] = [replace(each, views=views) for each in found["b"]]
+    text = report(plan(("a", 84.0), ("b", 85.1), ("c", None), views=True, about="Before.", finding="After."), found)
+    assert "| row a (`a`) | 84.0 | 81.0 ± 1.0 | 80.0, 81.0, 82.0 |  | 15.4 | +1.0 |" in text
+    assert "| row b (`b`) | 85.1 | 91.0 ± 1.0 | 90.0, 91.0, 92.0 | +10.0 (+10.0 to +10.0) | 15.4 | +1.0 |" in text
+    assert "| row c (`c`) |  | not run |" in text
+    assert "| row b | 80.0 | 60.0 |" in text and "master on structure | part on detail" in text
+    assert text.index("Before.") < text.index("| row a") < text.index("After.")
+    assert "of 6 runs" in text and "x86_64 cpu AVX2, bf16, torch 2, timm 1, accelerate 1, commit 0123456789" in text
+
+
+def test_tables_without_a_run_are_left_out():
+    both = plan(("a", 84.0), ("b", 85.0))
+    both.tables["two"] = Table("two", "Other", [Row("c", "row c")])
+    assert "Other" not in report(both, results(a=[80.0]))
+
+
+def test_results_come_back(tmp_path):
+    for each in (result("a", 1, 80.0), result("a", 0, 79.0), result("b", 0, 90.0, views=dict(x=1.0))):
+        write_result(tmp_path, each)
+    (tmp_path / "RESULTS.md").write_text("beside them")
+    back = read_results(tmp_path)
+    assert [each.seed for each in back["a"]] == [0, 1]
+    assert back["b"] == [result("b", 0, 90.0, views=dict(x=1.0))]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", json.dumps(dict(contender="a"))])
+def test_damaged_results_are_named(tmp_path, content):
+    (tmp_path / "a.seed0.json").write_text(content)
+    with pytest.raises(ValueError, match=r"a\.seed0\.json.*remove it"):
+        read_results(tmp_path)
+
+
+def test_every_contender_of_the_package_is_a_recipe_that_makes_a_model(tmp_path):
+    ours = read_plan()
+    made = {}
+    for contender in ours.contenders.values():
+        for seed in (0, 2):
+            recipe = load_recipe(contender.recipe, contender.options_of(seed))
+            assert recipe.seed == seed and recipe.compare is None and "{" not in recipe.train_split
+        made[str((recipe.model, recipe.model_kwargs))] = recipe
+    assert {row.contender for table in ours.tables.values() for row in table.rows} | {"other"} == set(ours.contenders)
+    for recipe in made.values():
+        timm.create_model(recipe.model, num_classes=24, **recipe.model_kwargs)
+
+
+def test_no_two_contenders_are_the_same():
+    contenders = [contender[1:] for contender in read_plan().contenders.values()]
+    assert all(contenders.count(each) == 1 for each in contenders)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("contenders: {a: {recipe: synthbirds}}", "no plan of contenders and tables"),
+        ("contenders: {a: {}}\ntables: {}", "no plan of contenders and tables .*recipe"),
+        ("[1]", "no plan"),
+        (
+            "contenders: {abc: {recipe: synthbirds}}\ntables: {one: {title: x, rows: [{contender: abd, row: x}]}}",
+            "unknown contender in plan.yaml: 'abd': did you mean 'abc'",
+        ),
+        ("contenders: {abc: {recipe: synthbirds, start: abd}}\ntables: {}", "unknown contender.*'abd'"),
+    ],
+)
+def test_damaged_plans_are_refused(tmp_path, text, message):
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_plan(tmp_path / "plan.yaml")
+
+
+def test_a_result_of_other_options_is_not_a_contender_s():
+    contender = Contender("a", "synthbirds", dict(train_split="train_{seed}"))
+    mine = result("a", 1, 80.0, options=dict(train_split="train_1", seed=1))
+    assert contender.made(mine)
+    assert not contender.made(replace(mine, options=dict(train_split="train_0", seed=1)))
+    assert not contender.made(replace(mine, recipe="synthbirds_lite"))
