@@ -20,7 +20,7 @@ from .errors import UserError, unknown
 from .files import write_whole
 
 FILE = Path(__file__).with_name("evidence.yaml")
-REPORT = "RESULTS.md"
+REPORT, FIGURE = "RESULTS.md", "RESULTS.png"
 CONFIDENCE = 0.95
 SEEDS = (0, 1, 2)
 
@@ -202,7 +202,8 @@ def report(plan: Plan, results: Mapping[str, Sequence[Result]]) -> str:
     """RESULTS.md: every table of which there is a run."""
     blocks = [_section(table, results) for table in plan.tables.values() if _has_any(table, results)]
     every = [result for each in results.values() for result in each]
-    return "\n\n".join([_HEAD.format(runs=len(every)), _machines(every), *blocks]) + "\n"
+    picture = f"![A dot for each run, and the mean, in orange, for each row of the tables below]({FIGURE})"
+    return "\n\n".join([_HEAD.format(runs=len(every)), _machines(every), picture, *blocks]) + "\n"
 
 
 def _has_any(table: Table, results: Mapping[str, Sequence[Result]]) -> bool:

@@ -1,5 +1,6 @@
 """Runs contenders of `evidence.yaml` with the training script, and reads off what they have shown."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -12,7 +13,6 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from .curves import read_metrics
 from .data.loading import create_loader
 from .data.transforms import eval_transform
 from .errors import UserError
@@ -71,16 +71,14 @@ def _folder(runs: Path, contender: Contender, seed: int) -> Path:
 
 
 def _has_ended(folder: Path) -> bool:
-    metrics = folder / "metrics.jsonl"
-    return metrics.is_file() and any("test" in line for line in read_metrics_or_none(metrics))
+    return any("test" in line for line in _metrics(folder))
 
 
-def read_metrics_or_none(metrics: Path) -> list[dict[str, Any]]:
-    """Lines of a run that may have been interrupted before its first one was whole."""
-    try:
-        return read_metrics(metrics.parent)
-    except UserError:
-        return []
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    """Lines of a run's log; none before it has one, and without the last one where a crash has torn it."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def _launch(arguments: list[str], log: Path) -> None:
@@ -98,11 +96,11 @@ def _launch(arguments: list[str], log: Path) -> None:
 
 def read_off(contender: Contender, seed: int, folder: Path) -> Result:
     """What a finished run has shown."""
-    metrics, model = read_metrics(folder), load_model(str(folder))
+    metrics, model = _metrics(folder), load_model(str(folder))
     recipe = load_recipe(str(folder / "recipe.yaml"))
     epochs = [line for line in metrics if "epoch" in line]
     size = model.pretrained_cfg["input_size"]
-    environment = yaml.safe_load((folder / "environment.json").read_text())
+    environment = json.loads((folder / "environment.json").read_text())
     kept = ("commit", "versions", "python", "machine", "cpu", "device", "system", "mixed_precision")
     return Result(
         contender=contender.name,

@@ -20,6 +20,7 @@ from tasn_timm.evidence import (
     report,
     write_result,
 )
+from tasn_timm.evidence_figure import evidence_figure
 from tasn_timm.recipe import load_recipe
 
 ENVIRONMENT = dict(
@@ -113,6 +114,14 @@ def test_tables_without_a_run_are_left_out():
     both = plan(("a", 84.0), ("b", 85.0))
     both.tables["two"] = Table("two", "Other", [Row("c", "row c")])
     assert "Other" not in report(both, results(a=[80.0]))
+
+
+def test_the_figure_has_a_dot_for_each_run_and_the_mean():
+    figure = evidence_figure(plan(("a", 84.0), ("b", 85.0), ("c", None)), results(a=[80.0, 82.0], b=[90.0]))
+    (axes,) = (axes for part in figure.subfigs for axes in part.axes)
+    drawn = [(list(line.get_xdata()), line.get_marker()) for line in axes.lines]
+    assert drawn == [([80.0, 82.0], "o"), ([81.0, 81.0], "None"), ([90.0], "o"), ([90.0, 90.0], "None")]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["row a", "row b"]
 
 
 def test_results_come_back(tmp_path):

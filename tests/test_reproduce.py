@@ -76,7 +76,7 @@ def kept(folder: Path) -> set[str]:
 def test_everything_is_run_once_and_what_others_start_from_first(here, trainings, capsys):
     assert command("--seeds", "0", "1") == 0
     assert trainings.asked == [(name, seed) for seed in (0, 1) for name in ("base", "low", "high", "other")]
-    assert len(kept(here)) == 9
+    assert len(kept(here)) == 10 and {"RESULTS.md", "RESULTS.png"} < kept(here)
     text = (here / "results" / "RESULTS.md").read_text()
     assert "| high (`high`) | 2.0 | 90.5 ± 0.7 | 90.0, 91.0 | +10.0 (+10.0 to +10.0)" in text
     assert "RESULTS.md written" in capsys.readouterr().out
@@ -93,7 +93,7 @@ def test_nothing_is_begun_after_a_failure_and_what_was_done_is_kept(here, traini
     trainings.failing = ("high", 0)
     assert command("--seeds", "0") == 2
     assert trainings.asked == [("base", 0), ("low", 0), ("high", 0)]
-    assert kept(here) == {"base.seed0.json", "low.seed0.json", "RESULTS.md"}
+    assert kept(here) == {"base.seed0.json", "low.seed0.json", "RESULTS.md", "RESULTS.png"}
     assert capsys.readouterr().err.splitlines()[-1].endswith("high seed 0: training ended with exit code 3: it burst.")
     trainings.failing = None
     assert command("--seeds", "0") == 0

@@ -1,4 +1,4 @@
-"""Train what the tables of evidence compare, on data that is drawn, and write RESULTS.md.
+"""Train what the tables of evidence compare, on data that is drawn, and write RESULTS.md and RESULTS.png.
 
 Each row of a table is a recipe with some options changed, trained with several seeds; see tasn_timm/evidence.yaml. What
 has a result already is not run again, and what was interrupted goes on: the command can be ended and repeated at any
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
     try:
+        from .. import evidence_figure  # noqa: F401
         from ..evidence import FILE, read_plan, read_results
     except ModuleNotFoundError as error:
         raise UserError(f'reproduce needs {error.name}: pip install "tasn_timm[reproduce]".') from error
@@ -123,10 +124,14 @@ def _outcome(done: "Future[Result]", job: Job) -> "Result":
 
 
 def _write_report(plan: "Plan", folder: Path) -> None:
-    from ..evidence import REPORT, read_results, report
-    from ..files import write_whole
+    from ..evidence import FIGURE, REPORT, read_results, report
+    from ..evidence_figure import evidence_figure
+    from ..files import completing, write_whole
 
-    write_whole(folder / REPORT, report(plan, read_results(folder)), "--results")
+    results = read_results(folder)
+    write_whole(folder / REPORT, report(plan, results), "--results")
+    with completing(folder / FIGURE, "--results") as aside:
+        evidence_figure(plan, results).savefig(aside, format="png", dpi=110)
 
 
 def _listing(plan: "Plan", tables: list[str], seeds: list[int], results: dict[Job, "Result"]) -> str:

@@ -1,0 +1,51 @@
+"""The tables of evidence as a picture: a dot for each run, with matplotlib (extra "reproduce")."""
+
+from collections.abc import Mapping, Sequence
+from statistics import mean
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .evidence import Plan, Result, Row, Table
+
+INK, MUTED, GRID, DOT, MEAN = "#343a40", "#868e96", "#e9ecef", "#1c7ed6", "#e8590c"
+COLUMNS = 2
+ROW, TITLE = 0.24, 0.75  # inches
+
+
+def evidence_figure(plan: Plan, results: Mapping[str, Sequence[Result]]) -> Figure:
+    """Draw every table of which there are two rows or more: accuracy from left to right, rows as in the table."""
+    drawn = []
+    for table in plan.tables.values():
+        rows = [row for row in table.rows if row.contender in results]
+        if len(rows) > 1:
+            drawn.append((table, rows))
+    columns = [drawn[start::COLUMNS] for start in range(COLUMNS)]
+    heights = [sum(TITLE + ROW * len(rows) for _, rows in column) for column in columns]
+    figure = Figure(figsize=(6.2 * COLUMNS, max(heights, default=0) + 0.3), layout="constrained")
+    for part, column in zip(figure.subfigures(1, COLUMNS, squeeze=False)[0], columns):
+        if not column:
+            continue
+        ratios = [TITLE + ROW * len(rows) for _, rows in column]
+        grid = part.subplots(len(column), 1, squeeze=False, gridspec_kw=dict(height_ratios=ratios))
+        for axes, (table, rows) in zip(grid[:, 0], column):
+            _draw(axes, table, rows, results)
+    return figure
+
+
+def _draw(axes: Axes, table: Table, rows: Sequence[Row], results: Mapping[str, Sequence[Result]]) -> None:
+    for height, row in enumerate(rows):
+        accuracies = [result.top1 for result in results[row.contender]]
+        axes.plot(accuracies, [height] * len(accuracies), "o", color=DOT, alpha=0.6, markersize=5, zorder=2)
+        axes.plot([mean(accuracies)] * 2, [height - 0.32, height + 0.32], color=MEAN, linewidth=2, zorder=3)
+    axes.set_yticks(range(len(rows)), [row.row for row in rows], fontsize=8, color=INK, parse_math=False)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_title(table.title, fontsize=9, color=INK, loc="left", parse_math=False)
+    axes.set_xlabel("test top-1, %", fontsize=7, color=MUTED)
+    axes.tick_params(axis="x", labelsize=7, colors=MUTED)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color=GRID, zorder=1)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
