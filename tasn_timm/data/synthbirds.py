@@ -53,7 +53,10 @@ PARTS = {
     "wing": ("one-bar", "two-bar"),
     "tail": ("band-tail", "edge-tail"),
 }
-ALL_WORDS = list(itertools.product((0, 1), repeat=len(PARTS)))
+# Two more parts, which birds of "synthbirds" do not have.
+FORMS = PARTS | {"crown": ("full-cap", "lined-cap"), "throat": ("one-spot", "two-spot")}
+HEAD = ("beak", "eye", "crown", "throat")
+ALL_WORDS = list(itertools.product((0, 1), repeat=4))
 # Words of even parity: two species of a family differ in at least two parts, and every form occurs in half of them.
 WORDS = [word for word in ALL_WORDS if sum(word) % 2 == 0]
 
@@ -66,7 +69,9 @@ class Variant(NamedTuple):
 
     splits: dict[str, int]  # images
     families: dict[str, Plumage] = FAMILIES
-    words: list[Word] = WORDS  # that occur, in each family
+    parts: tuple[str, ...] = tuple(PARTS)  # that tell species apart
+    words: list[Word] = WORDS  # that occur, in each family: the form of each of these parts
+    idle_parts: tuple[str, ...] = ()  # that come in either form, whatever the species
     size: int = SIZE  # pixels, height and width
     bird: tuple[float, float] = (0.55, 0.75)  # size, in 1/192 of the picture per unit of its outline
     marks: float = 1.0  # size of what tells species apart, beside the bird
@@ -83,7 +88,7 @@ class Variant(NamedTuple):
     def class_names(self) -> list[str]:
         """Of the classes, in order."""
         return [
-            " ".join([family, *(forms[level] for forms, level in zip(PARTS.values(), word, strict=True))])
+            " ".join([family, *(FORMS[part][level] for part, level in zip(self.parts, word, strict=True))])
             for family, word in self.species
         ]
 
@@ -92,11 +97,14 @@ SYNTHBIRDS = Variant(SPLITS)
 SPECIES, CLASS_NAMES = SYNTHBIRDS.species, SYNTHBIRDS.class_names
 VARIANTS = {
     "synthbirds": SYNTHBIRDS,
-    # 40 images of each of 48 classes, of which two may differ in a single mark; finer pixels, smaller birds with
-    # smaller marks, twice the foliage, half of it in the marks' colours. Three training splits, to vary the images.
+    # 40 images of each of 48 classes, of which two may differ in a single mark, all on the head. Finer pixels, smaller
+    # birds with smaller marks, twice the foliage, half of it in the marks' colours, and marks on wing and tail that
+    # mean nothing. Three training splits, to vary the images.
     "synthbirds_hard": Variant(
         {"train_0": 1920, "train_1": 1920, "train_2": 1920, "validation": 480, "test": 1440},
+        parts=HEAD,
         words=ALL_WORDS,
+        idle_parts=("wing", "tail"),
         size=240,
         bird=(0.5, 0.68),
         marks=0.85,
@@ -112,6 +120,8 @@ VARIANTS = {
             "golden": ((0.13, 0.70, 0.72), (0.14, 0.20, 0.96)),
             "slate": ((0.72, 0.30, 0.42), (0.75, 0.08, 0.90)),
         },
+        parts=HEAD,
+        idle_parts=("wing", "tail"),
         size=240,
         foliage=(12, 30),
         decoys=0.5,
@@ -147,7 +157,13 @@ TAIL = np.array([(38, 64), (40, 75), (24, 84), (6, 95), (1, 88), (18, 76)])
 FEATHERS = [((50, 57), (25, 78)), ((56, 61), (33, 75)), ((45, 53), (24, 74))]
 LEGS = [(52, 72), (60, 72)]
 BOX = np.array([(0, 19), (95, 19), (95, 96), (0, 96)])
-CENTRES = {"beak": (79, 34), "wing": (53.5, 55), "tail": (4, 91)}  # towards which smaller marks shrink
+CENTRES = {
+    "beak": (79, 34),
+    "wing": (53.5, 55),
+    "tail": (4, 91),
+    "crown": (66, 25),
+    "throat": (74.5, 49),
+}  # towards which smaller marks shrink
 CIRCLE = np.array([(math.cos(a), math.sin(a)) for a in np.arange(24) * (math.pi / 12)])
 
 # Beak and eye are as large as they must be for a plain network to learn them from 96 x 96 pixels in 20 epochs, chosen
@@ -163,6 +179,9 @@ EYE_STRIPE = ((-10.5, 3.0), (8, -1.4), 3.9)  # from and to, relative to the eye,
 WING_BARS = [[((49, 48), (59, 63), 4.2)], [((52.5, 46.5), (62, 60), 2.1), ((45, 50), (55, 65), 2.1)]]
 WING_AXIS = np.array((-0.78, 0.62))
 TAIL_STREAKS = [((5, 87), (14, 81)), ((8.4, 91.8), (17.4, 85.8))]
+CROWN = np.array([(58.5, 27.5), (62, 22.5), (66, 20), (72, 21.3), (74.5, 24.5), (67, 25.5)])
+CROWN_LINES = [(58.5, 25.8), (65, 21.5), (73.5, 23.6)], [(57.3, 30.6), (65, 26.4), (72.5, 27.6)]
+THROAT = [[((74.5, 49), 2.9)], [((76, 46), 2.05), ((72.6, 52), 2.05)]]  # centre and radius of spots
 
 
 def draw(split: str, index: int, seed: int = 0, variant: str = "synthbirds") -> np.ndarray:
@@ -306,18 +325,21 @@ def _draw(rng: np.random.Generator, family: str, word: Word, variant: Variant = 
 
     Everything is placed on `SIZE` x `SIZE`, and `_paint` enlarges it to the image.
     """
-    beak, eye, wing, tail = word
+    forms = dict(zip(variant.parts, word, strict=True)) | {part: rng.integers(2) for part in variant.idle_parts}
     plumage = _plumage(rng, variant.families[family])
     pose = _pose(rng, variant.bird)
     image = _background(rng, variant.size)
     branch, slope = _branch(rng, pose.place((56, 91)))
     _paint(image, _foliage(rng, plumage, variant) + branch, scale=2)
+    size = variant.marks
     bird = [
-        *_tail(rng, tail, plumage, variant.marks),
+        *_tail(rng, forms["tail"], plumage, size),
         *_body(plumage),
-        *_wing(rng, wing, plumage, variant.marks),
-        *_beak(beak, plumage, variant.marks),
-        *_eye(rng, eye, plumage, variant.marks),
+        *(_crown(forms["crown"], plumage, size) if "crown" in forms else []),
+        *(_throat(forms["throat"], plumage, size) if "throat" in forms else []),
+        *_wing(rng, forms["wing"], plumage, size),
+        *_beak(forms["beak"], plumage, size),
+        *_eye(rng, forms["eye"], plumage, size),
     ]
     placed = [(pose.place(points), colour) for points, colour in bird]
     _paint(image, _legs(pose, slope, plumage) + placed, scale=3)
@@ -495,6 +517,18 @@ def _eye(rng: np.random.Generator, level: int, plumage: _Colours, size: float = 
         (_disc(centre + np.array((1, -1)), 0.9), (255, 255, 255)),
     ]
     return [(_scaled(points, centre, size), colour) for points, colour in shapes]
+
+
+def _crown(level: int, plumage: _Colours, size: float) -> list[Shape]:
+    """A pale cap (level 0) or two pale lines along it (1)."""
+    lines = [_stroke(*ends, 1.9) for line in CROWN_LINES for ends in itertools.pairwise(line)]
+    return [(_scaled(mark, CENTRES["crown"], size), plumage.mark) for mark in ([CROWN], lines)[level]]
+
+
+def _throat(level: int, plumage: _Colours, size: float) -> list[Shape]:
+    """One dark spot (level 0) or two smaller ones (1)."""
+    spots = [_disc(np.array(centre), radius) for centre, radius in THROAT[level]]
+    return [(_scaled(spot, CENTRES["throat"], size), plumage.dark) for spot in spots]
 
 
 def _scaled(points: np.ndarray, centre: tuple[float, float] | np.ndarray, size: float) -> np.ndarray:
