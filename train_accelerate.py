@@ -41,7 +41,7 @@ from tasn_timm.training.zoom import ZoomProbe
 
 # What a comparison takes over from the first recipe, so that only the model and its input differ.
 SHARED_OPTIONS = [
-    *("data", "train_split", "val_split", "test_split", "num_classes"),
+    *("data", "train_split", "val_split", "test_split", "num_classes", "initial_checkpoint"),
     *("input_key", "target_key", "streaming", "max_bad_images", "decoder", "overfit_batches"),
     *("epochs", "warmup_epochs", "batch_size", "grad_accum_steps", "drop_last", "seed"),
     *("mixed_precision", "tf32", "torchcompile", "sync_bn"),

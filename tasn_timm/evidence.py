@@ -18,11 +18,14 @@ from scipy.stats import t as student_t
 
 from .errors import UserError, unknown
 from .files import write_whole
+from .finished_run import UNCONFIGURED
+from .recipe import FREE_OPTIONS, Recipe, load_recipe
 
 FILE = Path(__file__).with_name("evidence.yaml")
 REPORT, FIGURE = "RESULTS.md", "RESULTS.png"
 CONFIDENCE = 0.95
-SEEDS = (0, 1, 2)
+FEWEST = 3  # seeds from which an order of two rows is decided
+RESERVED = ("seed", "output", "initial_checkpoint", "compare")  # options that a run has from elsewhere
 
 
 class Contender(NamedTuple):
@@ -30,19 +33,50 @@ class Contender(NamedTuple):
 
     name: str
     recipe: str
-    options: dict[str, Any]  # of `Recipe`
+    options: dict[str, Any]  # of `Recipe`; "{seed}" in text is the run's
     start: str | None = None  # contender whose run of the same seed it starts from
 
-    def options_of(self, seed: int) -> dict[str, Any]:
-        """Its options in the run of a seed."""
-        return {
-            name: value.format(seed=seed) if isinstance(value, str) else value for name, value in self.options.items()
-        } | dict(seed=seed)
+    def recipe_of(self, seed: int) -> Recipe:
+        """All options of the run of a seed, but where it writes and starts from.
 
-    def made(self, result: "Result") -> bool:
-        """Whether a result is of this contender as it is now."""
-        there = (result.contender, result.recipe, result.start, result.options)
-        return there == (self.name, self.recipe, self.start, self.options_of(result.seed))
+        Raises:
+            UserError: It is no recipe, or has no validation or test split.
+        """
+        options = {
+            name: value.replace("{seed}", str(seed)) if isinstance(value, str) else value
+            for name, value in self.options.items()
+        }
+        recipe = load_recipe(self.recipe, options | dict(seed=seed, compare=None))
+        if recipe.val_split is None or recipe.test_split is None:
+            raise UserError(f"contender {self.name!r} needs a validation and a test split: its recipe has null.")
+        return recipe
+
+    def made(self, result: "Result", start: "Result | None") -> bool:
+        """Whether a result is of this contender as it is now, and started from that result of its start's."""
+        if (result.contender, result.recipe, result.start) != (self.name, self.recipe, self.start):
+            return False
+        if self.start and (start is None or result.start_weights != start.weights):
+            return False
+        return same_options(result.options, self.recipe_of(result.seed))
+
+
+def what_counts(recipe: Recipe) -> dict[str, Any]:
+    """Options of a recipe that its weights at the end depend on, but the place of the weights that it starts from.
+
+    What it leaves to accelerate's configuration is as where nobody has configured it.
+    """
+    left_out = (*FREE_OPTIONS, "initial_checkpoint")
+    options = {
+        name: UNCONFIGURED.get(name) if value is None else value
+        for name, value in asdict(recipe).items()
+        if name not in left_out
+    }
+    return json.loads(json.dumps(options))
+
+
+def same_options(options: Mapping[str, Any], recipe: Recipe) -> bool:
+    """Whether what counts of a recipe is as it was; options that there were not then are to have their defaults."""
+    return what_counts(Recipe()) | dict(options) == what_counts(recipe)
 
 
 class Row(NamedTuple):
@@ -61,6 +95,7 @@ class Table(NamedTuple):
     rows: list[Row]
     about: str = ""  # what is to know before the table
     finding: str = ""  # what we read out of it
+    against: str | None = None  # contender that all others are compared with; None: each with the row above
     views: bool = False  # whether to show the accuracy of each classifier on each view
 
 
@@ -78,14 +113,16 @@ class Result:
     contender: str
     seed: int
     recipe: str
-    options: dict[str, Any]  # changed of the recipe
+    options: dict[str, Any]  # `what_counts` of all of them
     start: str | None
+    start_weights: str | None  # SHA-256 of what it started from
+    weights: str  # SHA-256 of the model that was tested
     top1: float  # of the test split, read once, per cent
     images: int  # of it
     validation: list[float]  # top-1 after each epoch, per cent
     train_loss: list[float]  # mean of each epoch
     views: dict[str, float] | None  # validation top-1 of each classifier and view, see `reproduce.accuracy_of_views`
-    mflops: float  # of an image at inference
+    mflops: float  # of an image at inference, 2 per multiply-add
     parameters: int
     steps: int  # of the optimizer
     images_per_second: float  # median over the epochs, of training
@@ -116,16 +153,23 @@ def read_plan(path: Path = FILE) -> Plan:
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{str(path)!r} is no plan of contenders and tables ({reason}): see {FILE.name}.") from error
+    starts = [contender.start for contender in contenders.values() if contender.start]
     wanted = [row.contender for table in tables.values() for row in table.rows]
-    wanted += [contender.start for contender in contenders.values() if contender.start]
-    for name in wanted:
+    wanted += [table.against for table in tables.values() if table.against]
+    for name in starts + wanted:
         if name not in contenders:
             raise unknown(f"contender in {path.name}:", name, contenders)
+    for name in starts:
+        if contenders[name].start:
+            raise UserError(f"contender {name!r} in {path.name} is the start of another, so it cannot have one.")
     return Plan(contenders, tables)
 
 
 def _contender(name: str, given: dict[str, Any]) -> Contender:
     options = {key: value for key, value in given.items() if key not in ("recipe", "start")}
+    for key in RESERVED:
+        if key in options:
+            raise UserError(f"contender {name!r} cannot set {key}: {', '.join(RESERVED)} are given to each run.")
     return Contender(name, given["recipe"], options, given.get("start"))
 
 
@@ -158,6 +202,8 @@ def read_results(folder: Path) -> dict[str, list[Result]]:
         if not isinstance(content, dict) or set(content) != names:
             raise UserError(f"result {str(path)!r} is not one of a run: remove it, and it is run again.")
         result = Result(**content)
+        if path != result_file(folder, result.contender, result.seed):
+            raise UserError(f"result {str(path)!r} is a copy of another one's: remove it.")
         results.setdefault(result.contender, []).append(result)
     return {name: sorted(each, key=lambda result: result.seed) for name, each in results.items()}
 
@@ -171,15 +217,16 @@ class Difference(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval leaves out 0, else 0: undecided."""
-        if self.half is None or abs(self.mean) <= self.half:
+        """1 or -1 where the interval of at least three seeds leaves out 0, else 0: undecided."""
+        if self.half is None or self.seeds < FEWEST or abs(self.mean) <= self.half:
             return 0
         return 1 if self.mean > 0 else -1
 
     def __str__(self) -> str:
         if self.half is None:
-            return f"{self.mean:+.1f} (one seed)"
-        return f"{self.mean:+.1f} ({self.mean - self.half:+.1f} to {self.mean + self.half:+.1f})"
+            return f"{self.mean:+.1f} (1 seed)"
+        seeds = f", {self.seeds} seeds" if self.seeds < FEWEST else ""
+        return f"{self.mean:+.1f} ({self.mean - self.half:+.1f} to {self.mean + self.half:+.1f}{seeds})"
 
 
 def difference(one: Sequence[Result], other: Sequence[Result]) -> Difference | None:
@@ -200,10 +247,14 @@ def difference(one: Sequence[Result], other: Sequence[Result]) -> Difference | N
 
 def report(plan: Plan, results: Mapping[str, Sequence[Result]]) -> str:
     """RESULTS.md: every table of which there is a run."""
-    blocks = [_section(table, results) for table in plan.tables.values() if _has_any(table, results)]
-    every = [result for each in results.values() for result in each]
+    sections = [_section(table, results) for table in plan.tables.values() if _has_any(table, results)]
+    every = [result for name in plan.contenders for result in results.get(name, ())]
+    gaps = [gap for table in plan.tables.values() for gap in _gaps(table, results)]
+    intervals = sum(gap is not None and gap.half is not None for gap in gaps)
     picture = f"![A dot for each run, and the mean, in orange, for each row of the tables below]({FIGURE})"
-    return "\n\n".join([_HEAD.format(runs=len(every)), _machines(every), picture, *blocks]) + "\n"
+    return (
+        "\n\n".join([_HEAD.format(runs=len(every), intervals=intervals), _machines(every), picture, *sections]) + "\n"
+    )
 
 
 def _has_any(table: Table, results: Mapping[str, Sequence[Result]]) -> bool:
@@ -214,14 +265,19 @@ _HEAD = """\
 # Results on generated birds
 
 Written by `python -m tasn_timm reproduce` from the JSON files beside it, of {runs} runs. Everything is measured on
-[synthbirds](../../tasn_timm/data/synthbirds.py), which anybody can draw: it says whether the paper's orderings are seen
-there, and nothing about birds in the world. Figures in the column "paper" are the paper's own, on CUB-200-2011, for
-what the row stands for. Where the paper gives an order of the rows, a line says which of its steps we see.
+synthbirds (`tasn_timm/data/synthbirds.py`), which anybody can draw: it says whether the paper's orderings are seen
+there, and nothing about birds in the world. Contenders, by the names in brackets, and what the tables compare are in
+`tasn_timm/evidence.yaml`. Figures in the column "paper" are the paper's own, on CUB-200-2011, for what the row stands
+for. Where the paper gives an order of the rows, a line says which of its steps we see.
 
 Accuracy is top-1 of the test split, read once at the end of each run, of the epoch that was best on the validation
-split: mean and standard deviation over the seeds, then each of them. "Difference" is to the row above, paired by seed,
-with its 95 % interval (Student's); where that leaves out 0, the order of the two rows is decided, else it is not.
-"Rising" is how far the mean validation accuracy of the last eighth of the epochs is above that of the eighth before."""
+split: mean and standard deviation over the seeds, then each of them. "Difference" is paired by seed, to the row above
+unless the heading says to what, with its 95 % interval (Student's). Where that leaves out 0, with three seeds at least,
+the order of the two rows is decided; "undecided" does not mean that they are equal. The intervals are over seeds alone:
+the test pictures are the same for all. Three seeds mean 4.3 standard errors to either side, and of the {intervals}
+intervals here about one in twenty leaves out the truth. "MFLOPs" are of a picture at inference, convolutions and
+matrix products, 2 per multiply-add. "Rising" is how far the mean validation accuracy of the last eighth of the epochs
+is above that of the eighth before; much above 0 means that the contender was not trained out."""
 
 
 def _machines(results: Iterable[Result]) -> str:
@@ -235,22 +291,30 @@ def _machine(environment: Mapping[str, Any]) -> str:
     versions = environment["versions"]
     shown = ", ".join(f"{name} {versions[name]}" for name in ("torch", "timm", "accelerate"))
     place = " ".join(str(environment[name]) for name in ("machine", "device", "cpu") if environment.get(name))
-    return f"{place}, {environment['mixed_precision']}, {shown}, commit {(environment.get('commit') or 'unknown')[:10]}"
+    commits = ", ".join(each[:10] + "+" * each.endswith("+") for each in environment["commits"]) or "unknown"
+    return f"{place}, {environment['mixed_precision']}, {shown}, commit {commits}"
 
 
 def _section(table: Table, results: Mapping[str, Sequence[Result]]) -> str:
-    lines = [
-        "| | paper | top-1 | seeds | difference | MFLOPs | rising |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    above: Sequence[Result] = ()
-    for row in table.rows:
-        runs = results.get(row.contender, ())
-        lines.append(_line(row, runs, difference(runs, above)))
-        above = runs
+    against = next((row.row for row in table.rows if row.contender == table.against), None)
+    heading = "difference" if against is None else f"difference to {against}"
+    lines = [f"| | paper | top-1 | seeds | {heading} | MFLOPs | rising |", "|---|---|---|---|---|---|---|"]
+    for row, gap in zip(table.rows, _gaps(table, results)):
+        lines.append(_line(row, results.get(row.contender, ()), gap))
     parts = [f"## {table.title}", table.about.strip(), "\n".join(lines)]
     parts += [_views(table, results), _agreement(table, results), table.finding.strip()]
     return "\n\n".join(part for part in parts if part)
+
+
+def _gaps(table: Table, results: Mapping[str, Sequence[Result]]) -> list[Difference | None]:
+    """Of each row to the one above it, or to the contender that all are compared with."""
+    names = [row.contender for row in table.rows]
+    others = [table.against] * len(names) if table.against else [None, *names[:-1]]
+    pairs = zip(names, others)
+    return [
+        None if other in (None, name) else difference(results.get(name, ()), results.get(other, ()))
+        for name, other in pairs
+    ]
 
 
 def _line(row: Row, runs: Sequence[Result], gap: Difference | None) -> str:
@@ -289,12 +353,13 @@ def _views(table: Table, results: Mapping[str, Sequence[Result]]) -> str:
 
 def _agreement(table: Table, results: Mapping[str, Sequence[Result]]) -> str:
     """Which of the paper's steps from one row to the next are seen, which are contradicted, which are undecided."""
-    said = {1: [], -1: [], 0: []}
-    for lower, upper in pairwise(table.rows):
-        gap = difference(results.get(upper.contender, ()), results.get(lower.contender, ()))
-        if gap is None or lower.paper is None or upper.paper is None or lower.paper == upper.paper:
+    said: dict[int, list[str]] = {1: [], -1: [], 0: []}
+    for pair in pairwise(table.rows):
+        if any(row.paper is None for row in pair) or pair[0].paper == pair[1].paper:
             continue
-        step = f"{upper.row} over {lower.row}"
-        said[gap.sign * (1 if upper.paper > lower.paper else -1)].append(step)
+        worse, better = sorted(pair, key=lambda row: row.paper)
+        gap = difference(results.get(better.contender, ()), results.get(worse.contender, ()))
+        if gap is not None:
+            said[gap.sign].append(f"{better.row} over {worse.row}")
     words = {1: "Seen as in the paper", -1: "Contradicted", 0: "Undecided"}
     return " ".join(f"{words[sign]}: {'; '.join(steps)}." for sign, steps in said.items() if steps)

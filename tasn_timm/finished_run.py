@@ -15,7 +15,12 @@ from .weights import CONFIG, weights_in
 
 PINNED = re.compile(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})")  # as `data.splits.pinned` names data of the Hub
 PERSONAL = (*FREE_OPTIONS, "data", "seed", "cpu")  # options that two runs of one recipe may have otherwise
-UNTOLD = ("data", "model", "images and labels")  # whose values are paths of this machine, or a digest
+UNTOLD = (
+    "data",
+    "model",
+    "initial_checkpoint",
+    "images and labels",
+)  # whose values are paths of this machine, or a digest
 UNCONFIGURED = dict(mixed_precision="no", torchcompile="no")  # what null is where nobody has configured accelerate
 
 

@@ -1,73 +1,75 @@
-"""Runs contenders of `evidence.yaml` with the training script, and reads off what they have shown."""
+"""Trains contenders of `evidence.yaml` with the training script, and reads off what they have shown."""
 
 import json
 import os
 import shlex
+import statistics
 import subprocess
 import sys
-from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from .data.loading import create_loader
 from .data.transforms import eval_transform
 from .errors import UserError
-from .evidence import Contender, Plan, Result
+from .evidence import Contender, Result, same_options, what_counts
+from .files import digest
+from .finished_run import read_run
 from .hub import load_model
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, load_recipe, recipe_name
 from .tasn import TASN
 from .training.evaluation import count_flops
 from .training.loaders import load_data
+from .weights import WEIGHTS
 
 BATCH = 64  # pictures at once, of `accuracy_of_views`
 DETAILS = 4  # detail images of each picture there
+KEPT = ("versions", "python", "machine", "cpu", "gpu", "device", "system", "mixed_precision")  # of environment.json
 
 
-def run_contender(
-    contender: Contender, seed: int, plan: Plan, runs: Path, script: Path, results: Mapping[tuple[str, int], Result]
-) -> Result:
-    """Train a contender with a seed, or go on where that was interrupted, and read off the result.
+def run_folder(runs: Path, contender: Contender, seed: int) -> Path:
+    """Where a run is: RUNS/CONTENDER/seedN/RECIPE, as the training script names it."""
+    return (runs / contender.name / f"seed{seed}" / recipe_name(contender.recipe)).absolute()
 
-    The training is a process of its own, one on one thread, whose output is kept in log.txt beside the run's folder.
+
+def train(contender: Contender, seed: int, folder: Path, script: Path, start: Path | None) -> None:
+    """Train a contender with a seed, go on where that was interrupted, or do nothing where it has ended.
+
+    The training is a process of its own, on one thread, whose output is kept in log.txt beside the run's folder.
 
     Args:
-        contender: Of the plan.
+        contender: What is trained.
         seed: Of the run.
-        plan: Has the contender that it may start from.
-        runs: Folder of all runs: RUNS/CONTENDER/seedN/RECIPE.
+        folder: See `run_folder`.
         script: train_accelerate.py.
-        results: Those there are; of the contender that it starts from there must be one.
+        start: Folder of the run that it starts from.
 
     Raises:
-        UserError: The training failed; its last words are in the message.
+        UserError: The folder has a run of other options, somebody else is training it, or the training failed, with
+            its last words.
     """
-    output = _output(runs, contender.name, seed)
-    recipe_file = output / f"{Path(contender.recipe).stem}.yaml"
-    options = contender.options_of(seed) | dict(output=str(output))
-    if contender.start is not None:
-        start = plan.contenders[contender.start]
-        if (start.name, seed) not in results:
-            raise UserError(f"{contender.name} starts from {start.name}, of which seed {seed} has no result.")
-        options["initial_checkpoint"] = str(_folder(runs, start, seed))
+    output = folder.parent
+    recipe = contender.recipe_of(seed)
+    if (folder / "recipe.yaml").is_file():
+        if not same_options(what_counts(load_recipe(str(folder / "recipe.yaml"))), recipe):
+            raise UserError(f"{str(folder)!r} has a run of other options: remove it, and it is run again.")
+        if _has_ended(folder):
+            return
     output.mkdir(parents=True, exist_ok=True)
-    recipe_file.write_text(yaml.safe_dump(dict(base=contender.recipe) | options, sort_keys=False))
-    load_recipe(str(recipe_file))  # a mistake in the plan is told at once
-    folder = _folder(runs, contender, seed)
-    if not _has_ended(folder):
-        _launch([str(script), "--recipe", str(recipe_file), "--resume", "auto"], output / "log.txt")
-    return read_off(contender, seed, folder)
-
-
-def _output(runs: Path, contender: str, seed: int) -> Path:
-    return (runs / contender / f"seed{seed}").absolute()
-
-
-def _folder(runs: Path, contender: Contender, seed: int) -> Path:
-    return _output(runs, contender.name, seed) / Path(contender.recipe).stem
+    try:
+        with FileLock(output / ".lock", timeout=0):
+            placed = replace(recipe, output=str(output), initial_checkpoint=start and str(start))
+            recipe_file = output / f"{folder.name}.yaml"
+            recipe_file.write_text(yaml.safe_dump(asdict(placed), sort_keys=False))
+            _launch([str(script), "--recipe", str(recipe_file), "--resume", "auto"], output / "log.txt")
+    except Timeout:
+        raise UserError(f"{str(output)!r} is being trained by another command: wait for its end.") from None
 
 
 def _has_ended(folder: Path) -> bool:
@@ -82,42 +84,51 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _launch(arguments: list[str], log: Path) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    command += ["--num_cpu_threads_per_process", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    environment = os.environ | dict(OMP_NUM_THREADS="1")
     with log.open("a") as file:
         print("$", shlex.join(arguments), file=file, flush=True)
-        code = subprocess.run([*command, *arguments], stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+        options = dict(stdout=file, stderr=subprocess.STDOUT, env=os.environ | dict(OMP_NUM_THREADS="1"))
+        code = subprocess.run([sys.executable, *arguments], **options).returncode
     if code:
         said = [line for line in log.read_text().splitlines() if line.strip()]
-        last = next((line for line in reversed(said) if not line.startswith((" ", "Traceback", "subprocess."))), "")
-        raise UserError(f"training ended with exit code {code}: {last} (all of it is in {str(log)!r}).")
+        raise UserError(f"training ended with exit code {code}: {said[-1]} (all of it is in {str(log)!r}).")
 
 
-def read_off(contender: Contender, seed: int, folder: Path) -> Result:
-    """What a finished run has shown."""
-    metrics, model = _metrics(folder), load_model(str(folder))
-    recipe = load_recipe(str(folder / "recipe.yaml"))
+def read_off(contender: Contender, seed: int, folder: Path, start: Path | None) -> Result:
+    """What a run that has ended has shown.
+
+    Args:
+        contender: What was trained.
+        seed: Of the run.
+        folder: See `run_folder`.
+        start: Folder of the run that it started from.
+
+    Raises:
+        UserError: It has not ended as its recipe says: cut short, or resumed with other settings.
+    """
+    run, metrics, model = read_run(folder), _metrics(folder), load_model(str(folder))
+    if run.steps < run.planned_steps or run.inexact:
+        raise UserError(f"run {str(folder)!r} was cut short or resumed inexactly: remove it, and it is run again.")
     epochs = [line for line in metrics if "epoch" in line]
-    size = model.pretrained_cfg["input_size"]
     environment = json.loads((folder / "environment.json").read_text())
-    kept = ("commit", "versions", "python", "machine", "cpu", "device", "system", "mixed_precision")
+    commits = [each.get("commit") for each in (environment, *environment.get("resumed", []))]
     return Result(
         contender=contender.name,
         seed=seed,
         recipe=contender.recipe,
-        options=contender.options_of(seed),
+        options=what_counts(contender.recipe_of(seed)),
         start=contender.start,
-        top1=metrics[-1]["test"]["top1"],
-        images=metrics[-1]["test"]["images"],
+        start_weights=start and digest(start / "best" / WEIGHTS),
+        weights=digest(folder / "best" / WEIGHTS),
+        top1=run.test["top1"],
+        images=run.test["images"],
         validation=[round(line["validation"]["top1"], 3) for line in epochs],
         train_loss=[round(line["train"]["loss"], 4) for line in epochs],
-        views=accuracy_of_views(model, recipe),
-        mflops=round(count_flops(model, size) / 1e6, 2),
+        views=accuracy_of_views(model, run.recipe),
+        mflops=round(count_flops(model, model.pretrained_cfg["input_size"]) / 1e6, 2),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        steps=metrics[-1]["step"],
-        images_per_second=sorted(line["speed"]["images_per_second"] for line in epochs)[len(epochs) // 2],
-        environment={name: environment.get(name) for name in kept},
+        steps=run.steps,
+        images_per_second=statistics.median(line["speed"]["images_per_second"] for line in epochs),
+        environment={name: environment.get(name) for name in KEPT} | dict(commits=sorted({*filter(None, commits)})),
     )
 
 
@@ -127,10 +138,11 @@ def accuracy_of_views(model: nn.Module, recipe: Recipe) -> dict[str, float] | No
     None with split_bn, too: in evaluation it has the structure images' statistics alone.
 
     A part net that recognises unseen details no better than the master net does the structure has nothing to teach.
+    In float32, whatever the run was trained in.
 
     Returns:
-        "shared_on_structure" (the prediction), "master_on_structure", "part_on_detail" (one random detail of each
-        picture), "part_on_details" (the mean of four details' logits), "shared_on_detail".
+        "prediction" (shared classifier, structure), "master_on_structure", "part_on_detail" (one random detail of each
+        picture), "part_on_details" (the mean of four details' logits), "prediction_on_detail" (shared classifier).
     """
     if not isinstance(model, TASN) or not (model.part_net and model.master_net) or model.split_bn:
         return None
@@ -155,9 +167,9 @@ def _logits_of_views(model: TASN, pixels: Tensor) -> dict[str, Tensor]:
         shared, master, part, shared_part = model.heads.forward_views(structure, detail)
         parts.append(part)
     return dict(
-        shared_on_structure=shared,
+        prediction=shared,
         master_on_structure=master,
         part_on_detail=part,
         part_on_details=torch.stack(parts).mean(0),
-        shared_on_detail=shared_part,
+        prediction_on_detail=shared_part,
     )

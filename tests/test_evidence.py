@@ -8,6 +8,7 @@ import pytest
 import timm
 from scipy import stats
 
+from tasn_timm.data import synthbirds
 from tasn_timm.evidence import (
     Contender,
     Plan,
@@ -18,14 +19,15 @@ from tasn_timm.evidence import (
     read_plan,
     read_results,
     report,
+    what_counts,
     write_result,
 )
 from tasn_timm.evidence_figure import evidence_figure
 from tasn_timm.recipe import load_recipe
 
 ENVIRONMENT = dict(
-    commit="0123456789abcdef", versions=dict(torch="2", timm="1", accelerate="1"), machine="x86_64", cpu="AVX2",
-    device="cpu", mixed_precision="bf16",
+    commits=["0123456789abcdef+"], versions=dict(torch="2", timm="1", accelerate="1"), machine="x86_64", cpu="AVX2",
+    device="cpu", mixed_precision="bf16", gpu=None,
 )  # fmt: skip
 
 
@@ -34,8 +36,10 @@ def result(contender: str, seed: int, top1: float, **changes) -> Result:
         contender=contender,
         seed=seed,
         recipe="synthbirds",
-        options=dict(seed=seed),
+        options=what_counts(load_recipe("synthbirds", dict(seed=seed))),
         start=None,
+        start_weights=None,
+        weights=f"{contender} {seed}",
         top1=top1,
         images=960,
         validation=[10.0, 50.0, 80.0, 81.0],
@@ -76,7 +80,12 @@ def test_differences_are_paired_by_seed():
     assert (gap.mean, gap.seeds) == (7.5, 2)
     assert difference(one, other[2:]) is None
     single = difference(one[:1], other)
-    assert single.mean == 5 and single.half is None and single.sign == 0 and str(single) == "+5.0 (one seed)"
+    assert single.mean == 5 and single.half is None and single.sign == 0 and str(single) == "+5.0 (1 seed)"
+
+
+def test_two_seeds_decide_nothing():
+    gap = difference(results(a=[90.0, 91.0])["a"], results(b=[80.0, 81.0])["b"])
+    assert gap.half == 0 and gap.sign == 0 and str(gap) == "+10.0 (+10.0 to +10.0, 2 seeds)"
 
 
 @pytest.mark.parametrize(
@@ -90,6 +99,15 @@ def test_differences_are_paired_by_seed():
 def test_the_paper_s_steps_are_seen_contradicted_or_undecided(upper, said):
     text = report(plan(("a", 84.0), ("b", 85.0)), results(a=[80.0, 81.0, 80.5], b=upper))
     assert said in text and sum(word in text for word in ("Seen as", "Contradicted:", "Undecided:")) == 1
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "word"), [((80.0, 90.0), "Contradicted"), ((90.0, 80.0), "Seen as in the paper")]
+)
+def test_where_the_paper_s_order_falls_its_better_row_is_named_first(accuracies, word):
+    first, second = ([accuracy, accuracy + 1, accuracy] for accuracy in accuracies)
+    text = report(plan(("a", 88.1), ("b", 87.9)), results(a=first, b=second))
+    assert f"{word}: row a over row b." in text
 
 
 def test_steps_that_the_paper_does_not_make_are_not_judged():
@@ -107,7 +125,15 @@ def test_the_report_has_every_figure():
     assert "| row c (`c`) |  | not run |" in text
     assert "| row b | 80.0 | 60.0 |" in text and "master on structure | part on detail" in text
     assert text.index("Before.") < text.index("| row a") < text.index("After.")
-    assert "of 6 runs" in text and "x86_64 cpu AVX2, bf16, torch 2, timm 1, accelerate 1, commit 0123456789" in text
+    assert "of 6 runs" in text and "x86_64 cpu AVX2, bf16, torch 2, timm 1, accelerate 1, commit 0123456789+" in text
+    assert "of the 1\nintervals" in text
+
+
+def test_all_rows_can_be_compared_with_one():
+    accuracies = dict(a=[80.0, 81.0, 82.0], b=[85.0, 86.0, 87.0], c=[90.0, 91.0, 92.0])
+    text = report(plan(("a", None), ("b", None), ("c", None), against="c"), results(**accuracies))
+    assert "| difference to row c |" in text and "-10.0 (-10.0 to -10.0)" in text and "-5.0 (-5.0 to -5.0)" in text
+    assert "| row c (`c`) |  | 91.0 ± 1.0 | 90.0, 91.0, 92.0 |  |" in text
 
 
 def test_tables_without_a_run_are_left_out():
@@ -145,8 +171,9 @@ def test_every_contender_of_the_package_is_a_recipe_that_makes_a_model(tmp_path)
     made = {}
     for contender in ours.contenders.values():
         for seed in (0, 2):
-            recipe = load_recipe(contender.recipe, contender.options_of(seed))
-            assert recipe.seed == seed and recipe.compare is None and "{" not in recipe.train_split
+            recipe = contender.recipe_of(seed)
+            assert recipe.seed == seed and recipe.compare is None
+            assert recipe.train_split in synthbirds.VARIANTS[recipe.data].splits
         made[str((recipe.model, recipe.model_kwargs))] = recipe
     assert {row.contender for table in ours.tables.values() for row in table.rows} | {"other"} == set(ours.contenders)
     for recipe in made.values():
@@ -169,6 +196,8 @@ def test_no_two_contenders_are_the_same():
             "unknown contender in plan.yaml: 'abd': did you mean 'abc'",
         ),
         ("contenders: {abc: {recipe: synthbirds, start: abd}}\ntables: {}", "unknown contender.*'abd'"),
+        ("contenders: {a: {recipe: synthbirds, start: a}}\ntables: {}", "'a' in plan.yaml is the start of another"),
+        ("contenders: {a: {recipe: synthbirds, seed: 3}}\ntables: {}", "contender 'a' cannot set seed"),
     ],
 )
 def test_damaged_plans_are_refused(tmp_path, text, message):
@@ -179,7 +208,39 @@ def test_damaged_plans_are_refused(tmp_path, text, message):
 
 def test_a_result_of_other_options_is_not_a_contender_s():
     contender = Contender("a", "synthbirds", dict(train_split="train_{seed}"))
-    mine = result("a", 1, 80.0, options=dict(train_split="train_1", seed=1))
-    assert contender.made(mine)
-    assert not contender.made(replace(mine, options=dict(train_split="train_0", seed=1)))
-    assert not contender.made(replace(mine, recipe="synthbirds_lite"))
+    options = what_counts(contender.recipe_of(1))
+    assert options["train_split"] == "train_1"
+    mine = result("a", 1, 80.0, options=options)
+    assert contender.made(mine, None)
+    assert not contender.made(replace(mine, options=options | dict(train_split="train_0")), None)
+    assert not contender.made(replace(mine, options=options | dict(lr=1.0)), None)  # of the recipe itself
+    assert not contender.made(replace(mine, recipe="synthbirds_lite"), None)
+
+
+def test_an_option_that_is_newer_than_a_result_has_its_default():
+    contender = Contender("a", "synthbirds", {})
+    options = what_counts(contender.recipe_of(0))
+    without = {name: value for name, value in options.items() if name != "reprob"}
+    assert contender.made(result("a", 0, 80.0, options=without), None)
+    assert not Contender("a", "synthbirds", dict(reprob=0.1)).made(result("a", 0, 80.0, options=without), None)
+
+
+def test_a_result_from_another_start_is_not_a_contender_s():
+    contender = Contender("a", "synthbirds", {}, start="b")
+    start = result("b", 0, 50.0)
+    mine = result("a", 0, 80.0, start="b", start_weights=start.weights)
+    assert contender.made(mine, start)
+    assert not contender.made(mine, replace(start, weights="others"))
+    assert not contender.made(mine, None)
+
+
+def test_a_contender_needs_its_splits():
+    with pytest.raises(ValueError, match="contender 'a' needs a validation and a test split"):
+        Contender("a", "cub200_resnet50_224", {}).recipe_of(0)
+
+
+def test_a_copied_result_is_refused(tmp_path):
+    write_result(tmp_path, result("a", 0, 80.0))
+    (tmp_path / "a.seed1.json").write_text((tmp_path / "a.seed0.json").read_text())
+    with pytest.raises(ValueError, match=r"a\.seed1\.json' is a copy"):
+        read_results(tmp_path)

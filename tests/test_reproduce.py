@@ -2,12 +2,17 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 from test_evidence import ENVIRONMENT, result
 from training_runs import SCRIPT, SMALL
 
@@ -15,7 +20,7 @@ from tasn_timm import cli, evidence, reproduce
 from tasn_timm.errors import UserError, run_command
 
 PLAN = dict(
-    common=dict(compare=None),
+    common=dict(workers=0),
     contenders=dict(
         base=dict(recipe="synthbirds"),
         low=dict(recipe="synthbirds_plain", start="base", train_split="train_{seed}"),
@@ -29,24 +34,36 @@ PLAN = dict(
         ),
         two=dict(title="Two", rows=[dict(contender="high", row="high"), dict(contender="other", row="other")]),
     ),
-)  # fmt: skip
+)
 
 
 class Trainings:
-    """In the place of `run_contender`: what was asked for, and what comes of it."""
+    """In the place of `train` and `read_off`: what was asked for, and what comes of it."""
 
     def __init__(self, failing: tuple[str, int] | None = None) -> None:
         self.failing = failing
         self.asked: list[tuple[str, int]] = []
 
-    def __call__(self, contender, seed, plan, runs, script, results) -> evidence.Result:
-        assert contender.start is None or (contender.start, seed) in results
+    def train(self, contender, seed, folder, script, start) -> None:
+        assert (start is None) == (contender.start is None) and (start is None or (start / "best").is_dir())
         self.asked.append((contender.name, seed))
         if (contender.name, seed) == self.failing:
             raise UserError("training ended with exit code 3: it burst.")
+        time.sleep(0.2 * (contender.name == "other"))
+        (folder / "best").mkdir(parents=True, exist_ok=True)
+
+    def read_off(self, contender, seed, folder, start) -> evidence.Result:
+        assert threading.current_thread() is threading.main_thread()
         top1 = dict(low=80.0, high=90.0, base=50.0, other=60.0)[contender.name] + seed
-        options = contender.options_of(seed)
-        return result(contender.name, seed, top1, recipe=contender.recipe, options=options, start=contender.start)
+        return result(
+            contender.name,
+            seed,
+            top1,
+            recipe=contender.recipe,
+            options=evidence.what_counts(contender.recipe_of(seed)),
+            start=contender.start,
+            start_weights=contender.start and f"{contender.start} {seed}",
+        )
 
 
 @pytest.fixture
@@ -61,7 +78,8 @@ def here(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def trainings(monkeypatch) -> Trainings:
     trainings = Trainings()
-    monkeypatch.setattr(reproduce, "run_contender", trainings)
+    monkeypatch.setattr(reproduce, "train", trainings.train)
+    monkeypatch.setattr(reproduce, "read_off", trainings.read_off)
     return trainings
 
 
@@ -78,7 +96,7 @@ def test_everything_is_run_once_and_what_others_start_from_first(here, trainings
     assert trainings.asked == [(name, seed) for seed in (0, 1) for name in ("base", "low", "high", "other")]
     assert len(kept(here)) == 10 and {"RESULTS.md", "RESULTS.png"} < kept(here)
     text = (here / "results" / "RESULTS.md").read_text()
-    assert "| high (`high`) | 2.0 | 90.5 ± 0.7 | 90.0, 91.0 | +10.0 (+10.0 to +10.0)" in text
+    assert "| high (`high`) | 2.0 | 90.5 ± 0.7 | 90.0, 91.0 | +10.0 (+10.0 to +10.0, 2 seeds)" in text
     assert "RESULTS.md written" in capsys.readouterr().out
 
 
@@ -100,6 +118,23 @@ def test_nothing_is_begun_after_a_failure_and_what_was_done_is_kept(here, traini
     assert trainings.asked[3:] == [("high", 0), ("other", 0)]
 
 
+def test_a_training_beside_one_that_fails_is_kept(here, trainings, capsys):
+    trainings.failing = ("high", 0)
+    assert command("two", "--seeds", "0", "--jobs", "2") == 2
+    assert sorted(trainings.asked) == [("base", 0), ("high", 0), ("other", 0)]
+    assert kept(here) >= {"base.seed0.json", "other.seed0.json"} and "high.seed0.json" not in kept(here)
+    assert "waiting for the end of 1 training" in capsys.readouterr().err
+
+
+def test_a_start_whose_model_is_gone_is_trained_again(here, trainings):
+    assert command("--seeds", "0") == 0
+    shutil.rmtree(here / "runs")
+    (here / "results" / "high.seed0.json").unlink()
+    trainings.asked.clear()
+    assert command("--seeds", "0") == 0
+    assert trainings.asked == [("base", 0), ("high", 0)]
+
+
 def test_the_list_says_what_is_to_do_and_does_nothing(here, trainings, capsys):
     assert command("one", "--seeds", "0") == 0
     capsys.readouterr()
@@ -116,7 +151,15 @@ def test_a_result_of_another_plan_is_refused(here, trainings, capsys):
     changed = PLAN | dict(contenders=PLAN["contenders"] | dict(high=dict(recipe="synthbirds", start="base", epochs=6)))
     (here / "plan.yaml").write_text(yaml.safe_dump(changed))
     assert command("--list") == 2
-    assert "result of high seed 0 was made with other options" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "made with other options" in told and "high.seed0.json" in told and "low.seed0.json" not in told
+
+
+def test_a_recipe_that_makes_no_sense_is_told_before_anything_is_run(here, trainings, capsys):
+    broken = PLAN | dict(contenders=PLAN["contenders"] | dict(other=dict(recipe="synthbirds", epochs=0)))
+    (here / "plan.yaml").write_text(yaml.safe_dump(broken))
+    assert command() == 2
+    assert "epochs must be at least 1" in capsys.readouterr().err and not trainings.asked
 
 
 @pytest.mark.parametrize(
@@ -126,22 +169,23 @@ def test_a_result_of_another_plan_is_refused(here, trainings, capsys):
         (["--jobs", "0"], "--jobs must be 1 or more, got 0."),
         (["--seeds", "1", "1"], "--seeds must be different numbers from 0 on, got 1 1."),
         (["--script", "nowhere.py"], "there is no training script 'nowhere.py'"),
-        (["--results", "plan.yaml"], "--results 'plan.yaml' is a file"),
+        (["--results", "plan.yaml"], "folder 'plan.yaml' cannot be made"),
+        (["--runs", "plan.yaml/x"], "folder 'plan.yaml/x' cannot be made"),
         (["--plan", "none.yaml"], "'none.yaml' is no plan"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_run(here, trainings, capsys, arguments, message):
     assert command(*arguments) == 2
-    assert message in capsys.readouterr().err and not trainings.asked and not (here / "results").is_dir()
+    assert message in capsys.readouterr().err and not trainings.asked and not kept(here)
 
 
-def real_plan(folder: Path, image_folder: Path) -> Path:
-    small = yaml.safe_load(SMALL) | dict(data=str(image_folder))
+def real_plan(folder: Path, image_folder: Path, epochs: int = 2) -> None:
+    small = yaml.safe_load(SMALL) | dict(data=str(image_folder), epochs=epochs)
     (folder / "small.yaml").write_text(yaml.safe_dump(small))
     recipe = str(folder / "small.yaml")
     plain = dict(recipe=recipe, model="test_resnet", start="tasn", epochs=1)
     plan = dict(
-        common=dict(compare=None),
+        common={},
         contenders=dict(tasn=dict(recipe=recipe), plain=plain, broken=dict(recipe=recipe, lr=1e30)),
         tables=dict(
             good=dict(title="Good", views=True, rows=[dict(contender=name, row=name) for name in ("plain", "tasn")]),
@@ -149,7 +193,6 @@ def real_plan(folder: Path, image_folder: Path) -> Path:
         ),
     )
     (folder / "plan.yaml").write_text(yaml.safe_dump(plan))
-    return folder / "plan.yaml"
 
 
 def in_process(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -167,16 +210,45 @@ def test_real_runs_leave_their_results(tmp_path, image_folder):
     run = tmp_path / "runs/reproduce/tasn/seed0/small"
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert tasn["top1"] == logged[-1]["test"]["top1"] and len(tasn["validation"]) == 2
-    assert set(tasn["environment"]) == {*ENVIRONMENT, "python", "system"}
+    assert set(tasn["environment"]) == {*ENVIRONMENT, "python", "system"} and plain["start_weights"] == tasn["weights"]
     # The views are those of the model that was tested: the prediction is that of its own evaluation.
     best = max(line["validation"]["top1"] for line in logged if "epoch" in line)
-    assert tasn["views"]["shared_on_structure"] == pytest.approx(best, abs=0.01)
+    assert tasn["views"]["prediction"] == pytest.approx(best, abs=0.01)
     assert plain["views"] is None and plain["parameters"] < tasn["parameters"]
     recipe = yaml.safe_load((tmp_path / "runs/reproduce/plain/seed0/small/recipe.yaml").read_text())
     assert recipe["initial_checkpoint"] == str(run.absolute())
     assert "| plain (`plain`) |" in (tmp_path / "results/RESULTS.md").read_text()
-    again = in_process(tmp_path, "good")
-    assert again.returncode == 0 and (run / "metrics.jsonl").read_text().count("test") == 1
+    # A result that is gone is read off again, without training; a run of other options is not taken for it.
+    before = (tmp_path / "results/plain.seed0.json").read_text()
+    (tmp_path / "results/plain.seed0.json").unlink()
+    weights = run.parents[2] / "plain/seed0/small/best/model.safetensors"
+    trained = weights.stat().st_mtime_ns
+    assert in_process(tmp_path, "good").returncode == 0
+    assert (tmp_path / "results/plain.seed0.json").read_text() == before and weights.stat().st_mtime_ns == trained
+    (tmp_path / "results/plain.seed0.json").unlink()
+    (tmp_path / "plan.yaml").write_text((tmp_path / "plan.yaml").read_text().replace("epochs: 1", "epochs: 2"))
+    refused = in_process(tmp_path, "good")
+    assert refused.returncode == 2 and "has a run of other options: remove it" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT to a group of processes")
+def test_ctrl_c_saves_and_the_next_command_goes_on(tmp_path, image_folder):
+    real_plan(tmp_path, image_folder, epochs=200)
+    words = [sys.executable, "-m", "tasn_timm", "reproduce", "good", "--script", str(SCRIPT), "--seeds", "0"]
+    options = dict(cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    command = subprocess.Popen([*words, "--plan", "plan.yaml"], start_new_session=True, **options)
+    log = tmp_path / "runs/reproduce/tasn/seed0/small/metrics.jsonl"
+    begin = time.monotonic()
+    while not (log.is_file() and "epoch" in log.read_text()):
+        assert time.monotonic() < begin + 120 and command.poll() is None
+        time.sleep(0.1)
+    os.killpg(command.pid, signal.SIGINT)  # as a terminal does
+    assert command.wait(timeout=60) == 130
+    assert "waiting until 1 training saved" in command.stderr.read()
+    with FileLock(tmp_path / "runs/reproduce/tasn/seed0/.lock", timeout=0):  # nobody is left
+        said = (tmp_path / "runs/reproduce/tasn/seed0/log.txt").read_text()
+    assert "--resume auto goes on" in said and not (tmp_path / "results/tasn.seed0.json").exists()
 
 
 @pytest.mark.slow

@@ -6,13 +6,16 @@ time. Runs are of one thread each.
 """
 
 import argparse
+import sys
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from ..errors import UserError, unknown
+from ..tables import counted, table
 
 if TYPE_CHECKING:
     from ..evidence import Plan, Result
@@ -22,6 +25,8 @@ EXAMPLES = """examples:
   python -m tasn_timm reproduce --list
   python -m tasn_timm reproduce resolution controls --jobs 2
   python -m tasn_timm reproduce --seeds 0 1 2 3 4"""
+
+BAR = dict(dynamic_ncols=True, smoothing=0, disable=None)  # no bars without a terminal
 
 Job = tuple[str, int]  # contender and seed
 
@@ -53,17 +58,23 @@ def run(options: argparse.Namespace) -> None:
             raise unknown("table", name, plan.tables)
     tables = options.tables or list(plan.tables)
     results = {(each.contender, each.seed): each for runs in read_results(options.results).values() for each in runs}
-    _check_same(plan, results)
-    if options.list:
-        print(_listing(plan, tables, options.seeds, results))
-        return
+    _check_same(plan, results, options.results)
     jobs = [job for job in _jobs(plan, tables, options.seeds) if job not in results]
+    if options.list:
+        print(_listing(plan, tables, options.seeds, results, len(jobs)))
+        return
+    for name, seed in jobs:  # a mistake in the plan is told before the first training
+        plan.contenders[name].recipe_of(seed)
     if jobs and not options.script.is_file():
         raise UserError(
             f"there is no training script {str(options.script)!r}: run this in a checkout, or name it with --script."
         )
-    options.results.mkdir(parents=True, exist_ok=True)
-    _run_all(plan, jobs, results, options)
+    try:
+        for folder in (options.results, options.runs):
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"folder {str(folder)!r} cannot be made ({error.strerror}): choose another.") from error
+    _Runner(plan, results, options).run_all(jobs)
     _write_report(plan, options.results)
     print(f"{options.results / 'RESULTS.md'} written")
 
@@ -72,55 +83,88 @@ def _jobs(plan: "Plan", tables: list[str], seeds: list[int]) -> list[Job]:
     """Runs that tables need, each once, those that others start from first."""
     jobs: dict[Job, None] = {}
     for seed in seeds:
-        for table in tables:
-            for row in plan.tables[table].rows:
+        for name in tables:
+            for row in plan.tables[name].rows:
                 start = plan.contenders[row.contender].start
                 jobs |= dict.fromkeys([*([(start, seed)] if start else []), (row.contender, seed)])
     return list(jobs)
 
 
-def _run_all(plan: "Plan", jobs: list[Job], results: dict[Job, "Result"], options: argparse.Namespace) -> None:
-    """Run jobs, some at a time, and keep each result; after the first that fails no other one is begun."""
-    from ..evidence import write_result
-    from ..reproduce import run_contender
+class _Runner:
+    """Trains, some at a time, and keeps each result; after the first that fails no other one is begun."""
 
-    def start(job: Job) -> "Result":
-        return run_contender(plan.contenders[job[0]], job[1], plan, options.runs, options.script, results)
+    def __init__(self, plan: "Plan", results: dict[Job, "Result"], options: argparse.Namespace) -> None:
+        self.plan = plan
+        self.results = results
+        self.options = options
 
-    waiting, running = list(jobs), {}
-    with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(jobs), unit="run", dynamic_ncols=True) as bar:
+    def run_all(self, jobs: list[Job]) -> None:
+        """Run jobs; each after the one that it starts from."""
+        lost = {self.start_of(job) for job in jobs if self.start_of(job) in self.results}
+        waiting = [job for job in lost if not (self.folder(job) / "best").is_dir()]  # a result without its model
+        for job in waiting:
+            del self.results[job]
+        waiting += jobs
+        running: dict[Future, Job] = {}
+        with ThreadPoolExecutor(self.options.jobs) as pool, tqdm(total=len(waiting), unit="run", **BAR) as bar:
+            try:
+                while waiting or running:
+                    ready = [job for job in waiting if (start := self.start_of(job)) is None or start in self.results]
+                    for job in ready[: self.options.jobs - len(running)]:
+                        waiting.remove(job)
+                        running[pool.submit(self.train, job)] = job
+                    bar.set_postfix_str(", ".join(f"{name} seed {seed}" for name, seed in running.values()))
+                    for done in wait(running, return_when=FIRST_COMPLETED).done:
+                        self.finish(done, running.pop(done), bar)
+            except KeyboardInterrupt:
+                bar.write(f"waiting until {counted(len(running), 'training')} saved where it was", file=sys.stderr)
+                raise
+            except UserError:
+                bar.write(f"waiting for the end of {counted(len(running), 'training')}", file=sys.stderr)
+                for done, job in running.items():
+                    with suppress(UserError):
+                        self.finish(done, job, bar)
+                raise
+
+    def train(self, job: Job) -> None:
+        """Train one of them; in a thread, so it only waits for a process."""
+        from ..reproduce import train
+
+        name, seed = job
+        train(self.plan.contenders[name], seed, self.folder(job), self.options.script, self.start_folder(job))
+
+    def finish(self, done: Future, job: Job, bar: tqdm) -> None:
+        """Keep the result of a training that has ended, once it has."""
+        from ..evidence import write_result
+        from ..reproduce import read_off
+
+        name, seed = job
         try:
-            while waiting or running:
-                for job in _ready(plan, waiting, results)[: options.jobs - len(running)]:
-                    waiting.remove(job)
-                    running[pool.submit(start, job)] = job
-                bar.set_postfix_str(", ".join(f"{name} seed {seed}" for name, seed in running.values()))
-                for done in wait(running, return_when=FIRST_COMPLETED).done:
-                    result = _outcome(done, running.pop(done))
-                    write_result(options.results, result)
-                    results[result.contender, result.seed] = result
-                    _write_report(plan, options.results)
-                    bar.update()
-                    bar.write(f"{result.contender} seed {result.seed}: {result.top1:.1f} %")
-        except BaseException:
-            if running:
-                bar.write(f"waiting for the end of {len(running)} trainings; a second Ctrl-C ends them")
-            raise
+            done.result()
+            result = read_off(self.plan.contenders[name], seed, self.folder(job), self.start_folder(job))
+        except UserError as error:
+            raise UserError(f"{name} seed {seed}: {error}") from error
+        write_result(self.options.results, result)
+        self.results[job] = result
+        _write_report(self.plan, self.options.results)
+        bar.update()
+        bar.write(f"{name} seed {seed}: {result.top1:.1f} %")
 
+    def start_of(self, job: Job) -> Job | None:
+        """The run that one starts from."""
+        start = self.plan.contenders[job[0]].start
+        return (start, job[1]) if start else None
 
-def _ready(plan: "Plan", waiting: list[Job], results: dict[Job, "Result"]) -> list[Job]:
-    return [
-        (name, seed)
-        for name, seed in waiting
-        if (start := plan.contenders[name].start) is None or (start, seed) in results
-    ]
+    def folder(self, job: Job) -> Path:
+        """Of a run."""
+        from ..reproduce import run_folder
 
+        return run_folder(self.options.runs, self.plan.contenders[job[0]], job[1])
 
-def _outcome(done: "Future[Result]", job: Job) -> "Result":
-    try:
-        return done.result()
-    except UserError as error:
-        raise UserError(f"{job[0]} seed {job[1]}: {error}") from error
+    def start_folder(self, job: Job) -> Path | None:
+        """Of the run that one starts from."""
+        start = self.start_of(job)
+        return self.folder(start) if start else None
 
 
 def _write_report(plan: "Plan", folder: Path) -> None:
@@ -134,27 +178,30 @@ def _write_report(plan: "Plan", folder: Path) -> None:
         evidence_figure(plan, results).savefig(aside, format="png", dpi=110)
 
 
-def _listing(plan: "Plan", tables: list[str], seeds: list[int], results: dict[Job, "Result"]) -> str:
-    from ..tables import table
-
+def _listing(plan: "Plan", tables: list[str], seeds: list[int], results: dict[Job, "Result"], left: int) -> str:
     rows = [("table", "contender", "seeds done", "to do")]
     for name in tables:
         for row in plan.tables[name].rows:
-            done = [seed for contender, seed in results if contender == row.contender]
-            left = [seed for seed in seeds if seed not in done]
-            rows.append((name, row.contender, *(" ".join(map(str, sorted(each))) for each in (done, left))))
-    left = [job for job in _jobs(plan, tables, seeds) if job not in results]
-    return f"{table(rows, '<<<<')}\n\n{len(left)} runs to do"
+            done = sorted(seed for contender, seed in results if contender == row.contender)
+            to_do = [seed for seed in seeds if seed not in done]
+            rows.append((name, row.contender, *(" ".join(map(str, each)) for each in (done, to_do))))
+    return f"{table(rows, '<<<<')}\n\n{counted(left, 'run')} to do"
 
 
-def _check_same(plan: "Plan", results: dict[Job, "Result"]) -> None:
+def _check_same(plan: "Plan", results: dict[Job, "Result"], folder: Path) -> None:
     """A result of other options than the plan has now would be told as if it were the plan's."""
+    from ..evidence import result_file
+
+    stale = []
     for (name, seed), result in results.items():
-        if name in plan.contenders and not plan.contenders[name].made(result):
-            raise UserError(
-                f"the result of {name} seed {seed} was made with other options than the plan has now: remove its file, "
-                f"and it is run again."
-            )
+        contender = plan.contenders.get(name)
+        if contender and not contender.made(result, results.get((contender.start, seed))):
+            stale.append(str(result_file(folder, name, seed)))
+    if stale:
+        raise UserError(
+            f"made with other options, or from another start, than the plan has now: {', '.join(stale)}. Remove these, "
+            f"and their folders in --runs, to run them again."
+        )
 
 
 def _check_options(options: argparse.Namespace) -> None:
@@ -162,5 +209,3 @@ def _check_options(options: argparse.Namespace) -> None:
         raise UserError(f"--jobs must be 1 or more, got {options.jobs}.")
     if min(options.seeds) < 0 or len(set(options.seeds)) < len(options.seeds):
         raise UserError(f"--seeds must be different numbers from 0 on, got {' '.join(map(str, options.seeds))}.")
-    if options.results.exists() and not options.results.is_dir():
-        raise UserError(f"--results {str(options.results)!r} is a file: give a folder.")

@@ -49,8 +49,8 @@ def _load_prepared(name: str, **options) -> Source:
     )
 
 
-def _load_synthbirds(name: str, **options) -> Source:
-    return Source(synthbirds.load(variant=name))
+def _load_synthbirds(name: str, only: Collection[str] | None, streaming: bool) -> Source:
+    return Source(synthbirds.load(variant=name, only=only))  # drawn whole also where a stream is asked for
 
 
 # Each takes its name and the options of `open_data`.

@@ -24,7 +24,7 @@ import math
 import os
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,6 +32,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from ..errors import UserError, unknown
+from .split_names import wanted_splits
 
 if TYPE_CHECKING:
     import datasets
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 VERSION = 4  # raise it whenever a pixel changes: cached datasets are then generated again
 SIZE = 192  # height and width of the drawing; pixels, unless a variant has finer ones
 SPLITS = {"train": 3600, "validation": 600, "test": 960}
-SPLIT_NUMBERS = {"train": 1, "test": 2, "validation": 3, "train_0": 4, "train_1": 5, "train_2": 6}
+SPLIT_NUMBERS = {"train": 1, "test": 2, "validation": 3} | {f"train_{number}": 4 + number for number in range(5)}
 
 # Plumage: hue, saturation and value (0-1) of back and wings, then of the belly.
 FAMILIES = {
@@ -74,7 +75,7 @@ class Variant(NamedTuple):
     idle_parts: tuple[str, ...] = ()  # that come in either form, whatever the species
     size: int = SIZE  # pixels, height and width
     bird: tuple[float, float] = (0.55, 0.75)  # size, in 1/192 of the picture per unit of its outline
-    marks: float = 1.0  # size of what tells species apart, beside the bird
+    marks: float = 1.0  # size of the parts' marks, beside the bird
     foliage: tuple[int, int] = (6, 18)  # leaves, stalks and berries: at least, and less than
     decoys: float = 0.25  # share of them in the colours of the bird's own marks
     key: tuple[int, ...] = ()  # of its random numbers, so that no two variants share a picture
@@ -99,9 +100,9 @@ VARIANTS = {
     "synthbirds": SYNTHBIRDS,
     # 40 images of each of 48 classes, of which two may differ in a single mark, all on the head. Finer pixels, smaller
     # birds with smaller marks, twice the foliage, half of it in the marks' colours, and marks on wing and tail that
-    # mean nothing. Three training splits, to vary the images.
+    # mean nothing. Five training splits, to vary the images.
     "synthbirds_hard": Variant(
-        {"train_0": 1920, "train_1": 1920, "train_2": 1920, "validation": 480, "test": 1440},
+        {f"train_{number}": 1920 for number in range(5)} | {"validation": 480, "test": 1440},
         parts=HEAD,
         words=ALL_WORDS,
         idle_parts=("wing", "tail"),
@@ -112,7 +113,7 @@ VARIANTS = {
         decoys=0.5,
         key=(1,),
     ),
-    # Other plumages with the same marks, large and plentiful: a stand-in for ImageNet, and more than that.
+    # Close-ups of other plumages with the same marks, large and plentiful: a stand-in for ImageNet, and more than that.
     "synthbirds_other": Variant(
         {"train": 3600, "validation": 600, "test": 960},
         families={
@@ -123,8 +124,8 @@ VARIANTS = {
         parts=HEAD,
         idle_parts=("wing", "tail"),
         size=240,
-        foliage=(12, 30),
-        decoys=0.5,
+        bird=(0.8, 1.3),
+        marks=1.15,
         key=(2,),
     ),
 }
@@ -210,7 +211,11 @@ def draw(split: str, index: int, seed: int = 0, variant: str = "synthbirds") -> 
 
 
 def load(
-    cache_dir: str | Path | None = None, num_proc: int | None = None, seed: int = 0, variant: str = "synthbirds"
+    cache_dir: str | Path | None = None,
+    num_proc: int | None = None,
+    seed: int = 0,
+    variant: str = "synthbirds",
+    only: Collection[str] | None = None,
 ) -> datasets.DatasetDict:
     """Load a dataset; the first call draws it (about a minute on two cores) and caches it.
 
@@ -219,6 +224,7 @@ def load(
         num_proc: Processes that draw. None: one per CPU that this process may use. Does not change the images.
         seed: Another seed gives another dataset of the same kind.
         variant: A key of `VARIANTS`.
+        only: Splits that are needed, see `load_splits`; no others are drawn. None: all.
 
     Returns:
         The variant's splits ("train", "validation" and "test") with columns "image" (RGB), "label" (its `class_names`)
@@ -239,6 +245,7 @@ def load(
         # Lists in gen_kwargs are divided among the processes. Everything in gen_kwargs is part of the cache key.
         starts = list(range(0, count, len(chosen.species)))
         key = dict(starts=starts, split=split, count=count, seed=seed, version=VERSION, variant=variant)
+        key |= dict(drawn_as=repr(chosen._replace(splits={})))
         return Dataset.from_generator(
             _examples,
             features=features,
@@ -255,8 +262,9 @@ def load(
         families = [label // len(chosen.words) for label in split["label"]]
         return split.add_column("super", families, feature=ClassLabel(names=list(chosen.families)))
 
+    wanted = chosen.splits if only is None else wanted_splits(chosen.splits, only, variant)
     with _progress_on_terminals_only():
-        return DatasetDict({split: with_families(generate(split, count)) for split, count in chosen.splits.items()})
+        return DatasetDict({split: with_families(generate(split, chosen.splits[split])) for split in wanted})
 
 
 def _variant(name: str) -> Variant:
@@ -265,8 +273,10 @@ def _variant(name: str) -> Variant:
     return VARIANTS[name]
 
 
-def _examples(starts: list[int], split: str, count: int, seed: int, version: int, variant: str) -> Iterator[dict]:
-    """Draw one image of every species from each start on; `version` is here for the cache key only."""
+def _examples(
+    starts: list[int], split: str, count: int, seed: int, version: int, variant: str, drawn_as: str
+) -> Iterator[dict]:
+    """Draw one image of every species from each start on; `version` and `drawn_as` are here for the cache key only."""
     classes = len(VARIANTS[variant].species)
     for start in starts:
         for index in range(start, min(start + classes, count)):

@@ -82,6 +82,8 @@ def build_model(recipe: Recipe, classes: int) -> nn.Module:
         )
     if recipe.initial_checkpoint is not None:
         start_from(model, Path(recipe.initial_checkpoint))
+    if recipe.sync_bn and getattr(model, "split_bn", False):
+        raise UserError("sync_bn would take the place of split_bn's norms: leave out one of them.")
     if recipe.sync_bn:
         model = convert_sync_batchnorm(model)
     return model.to(memory_format=torch.channels_last) if recipe.channels_last else model
@@ -113,17 +115,20 @@ def start_from(model: nn.Module, folder: Path) -> None:
     parts = {name.split(".")[0] for name in given}
     taken, missing = {}, []
     for name, value in own.items():
-        source = re.sub(r"aux_bn\.\d+\.", "", name if ours else f"backbone.{name}")
+        source = name if ours else f"backbone.{name}"
         if name.startswith(classifiers) or source.split(".")[0] not in parts:
             continue
+        if source not in given:  # the details' own norms of split_bn start as those of the structure image
+            source = re.sub(r"aux_bn\.\d+\.", "", source)
         if source not in given or given[source].shape != value.shape:
             missing.append(name)
         else:
             taken[name] = given[source]
     if missing:
+        more = f", nor {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
-            f"initial_checkpoint {str(folder)!r} is another network: it has no {missing[0]} of that shape, and "
-            f"{len(missing) - 1} more are missing. Give one with the same backbone and attention net."
+            f"initial_checkpoint {str(folder)!r} is another network: it has no {missing[0]} of that shape{more}. Give "
+            f"one with the same backbone and attention net."
         )
     model.load_state_dict(own | taken)
 

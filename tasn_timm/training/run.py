@@ -250,6 +250,7 @@ class Run:
             machine=platform.machine(),
             system=platform.system(),
             device=str(self.accelerator.device),
+            gpu=torch.cuda.get_device_name() if self.accelerator.device.type == "cuda" else None,
             cpu=torch.backends.cpu.get_cpu_capability(),
             commit=_commit(),
             processes=self.accelerator.num_processes,
@@ -264,13 +265,14 @@ class Run:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout that this code is in, with "+" where files differ from it; None outside of one."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """Commit of the checkout that this code is in, with "+" where it differs from that; None outside of one."""
+    package = Path(__file__).parents[1]
+    git = ["git", "-C", str(package), "--no-optional-locks"]  # several runs may ask at a time
     try:
         subprocess.run([*git, "ls-files", "--error-unmatch", __file__], check=True, capture_output=True)
         commit, changes = (
             subprocess.run([*git, *words], check=True, capture_output=True, text=True).stdout.strip()
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "."])
         )
     except (OSError, subprocess.CalledProcessError):
         return None
