@@ -103,3 +103,16 @@ def test_what_is_no_model_is_refused(tmp_path):
     (folder / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(ValueError, match="plain"):
         started(folder, "test_resnet")
+
+
+def test_a_tasn_keeps_the_details_own_norms_of_another_one(tmp_path):
+    given = weights(saved(tmp_path / "tasn", "tasn", **ARGUMENTS, split_bn=True))
+    state = started(tmp_path / "tasn", "tasn", **ARGUMENTS, split_bn=True)
+    own = [name for name in state if "aux_bn" in name]
+    assert own and all(torch.equal(state[name], given[name]) for name in own)
+
+
+def test_synchronised_norms_do_not_take_the_place_of_the_details_own():
+    kwargs = ARGUMENTS | dict(split_bn=True)
+    with pytest.raises(ValueError, match="sync_bn would take the place of split_bn's norms"):
+        build_model(Recipe(model="tasn", model_kwargs=kwargs, img_size=64, sync_bn=True), 5)

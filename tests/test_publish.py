@@ -210,9 +210,14 @@ def test_the_papers_figure_is_beside_ours_and_other_options_are_named(hub, comma
     [
         (dict(step=2), "ended after 2 of 1440 steps"),
         (
-            dict(inexact=[dict(lr=[0.1, 0.2], data=["/home/me", "/home/you"]), dict(processes=[1, 8])]),
-            "resumed with other settings (lr 0.1, then 0.2, other data), resumed with other settings (processes 1, "
-            "then 8)",
+            dict(
+                inexact=[
+                    dict(lr=[0.1, 0.2], data=["/home/me", "/home/you"], initial_checkpoint=["/home/me/x", None]),
+                    dict(processes=[1, 8]),
+                ]
+            ),
+            "resumed with other settings (lr 0.1, then 0.2, other data, other initial_checkpoint), resumed with other "
+            "settings (processes 1, then 8)",
         ),
     ],
 )

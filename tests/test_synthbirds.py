@@ -288,6 +288,16 @@ def test_second_load_draws_nothing(tmp_path, few_images, monkeypatch):
     assert "drew again" in str(error.value.__cause__)
 
 
+def test_only_the_splits_that_are_needed_are_drawn(tmp_path, few_images, monkeypatch):
+    drawn = []
+    draw = synthbirds.draw
+    monkeypatch.setattr(synthbirds, "draw", lambda split, *rest: drawn.append(split) or draw(split, *rest))
+    splits = synthbirds.load(tmp_path, num_proc=1, only=["test", "val"])
+    assert list(splits) == ["validation", "test"] and set(drawn) == set(splits)
+    with pytest.raises(ValueError, match="dataset 'synthbirds' has no split 'holdout', only train, validation, test"):
+        synthbirds.load(tmp_path, num_proc=1, only=["holdout"])
+
+
 def test_progress_has_a_total_on_a_terminal(tmp_path, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
