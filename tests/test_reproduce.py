@@ -245,7 +245,7 @@ def test_ctrl_c_saves_and_the_next_command_goes_on(tmp_path, image_folder):
         time.sleep(0.1)
     os.killpg(command.pid, signal.SIGINT)  # as a terminal does
     assert command.wait(timeout=60) == 130
-    assert "waiting until 1 training saved" in command.stderr.read()
+    assert "waiting for 1 training to save" in command.stderr.read()
     with FileLock(tmp_path / "runs/reproduce/tasn/seed0/.lock", timeout=0):  # nobody is left
         said = (tmp_path / "runs/reproduce/tasn/seed0/log.txt").read_text()
     assert "--resume auto goes on" in said and not (tmp_path / "results/tasn.seed0.json").exists()

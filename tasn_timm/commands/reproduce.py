@@ -117,7 +117,7 @@ class _Runner:
                     for done in wait(running, return_when=FIRST_COMPLETED).done:
                         self.finish(done, running.pop(done), bar)
             except KeyboardInterrupt:
-                bar.write(f"waiting until {counted(len(running), 'training')} saved where it was", file=sys.stderr)
+                bar.write(f"waiting for {counted(len(running), 'training')} to save", file=sys.stderr)
                 raise
             except UserError:
                 bar.write(f"waiting for the end of {counted(len(running), 'training')}", file=sys.stderr)
