@@ -246,19 +246,16 @@ def difference(one: Sequence[Result], other: Sequence[Result]) -> Difference | N
 
 
 def report(plan: Plan, results: Mapping[str, Sequence[Result]]) -> str:
-    """RESULTS.md: every table of which there is a run."""
-    sections = [_section(table, results) for table in plan.tables.values() if _has_any(table, results)]
+    """RESULTS.md: every table of which two rows have been run."""
+    tables = [table for table in plan.tables.values() if sum(row.contender in results for row in table.rows) > 1]
+    sections = [_section(table, results) for table in tables]
     every = [result for name in plan.contenders for result in results.get(name, ())]
-    gaps = [gap for table in plan.tables.values() for gap in _gaps(table, results)]
+    gaps = [gap for table in tables for gap in _gaps(table, results)]
     intervals = sum(gap is not None and gap.half is not None for gap in gaps)
     picture = f"![A dot for each run, and the mean, in orange, for each row of the tables below]({FIGURE})"
     return (
         "\n\n".join([_HEAD.format(runs=len(every), intervals=intervals), _machines(every), picture, *sections]) + "\n"
     )
-
-
-def _has_any(table: Table, results: Mapping[str, Sequence[Result]]) -> bool:
-    return any(row.contender in results for row in table.rows)
 
 
 _HEAD = """\

@@ -136,10 +136,11 @@ def test_all_rows_can_be_compared_with_one():
     assert "| row c (`c`) |  | 91.0 ± 1.0 | 90.0, 91.0, 92.0 |  |" in text
 
 
-def test_tables_without_a_run_are_left_out():
+def test_tables_of_fewer_than_two_rows_that_were_run_are_left_out():
     both = plan(("a", 84.0), ("b", 85.0))
-    both.tables["two"] = Table("two", "Other", [Row("c", "row c")])
-    assert "Other" not in report(both, results(a=[80.0]))
+    both.tables["two"] = Table("two", "Other", [Row("a", "row a"), Row("c", "row c")])
+    text = report(both, results(a=[80.0], b=[81.0]))
+    assert "## Title" in text and "Other" not in text
 
 
 def test_the_figure_has_a_dot_for_each_run_and_the_mean():
