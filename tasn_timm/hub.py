@@ -90,6 +90,18 @@ def check_folder(folder: Path) -> None:
             raise UserError(f"model folder {str(folder)!r} has no {name}: give a complete one, such as RUN/best.")
 
 
+def model_folder(folder: Path) -> Path:
+    """The folder of a model, or of a run's best one.
+
+    Raises:
+        UserError: It holds none, see `check_folder`.
+    """
+    if not (folder / CONFIG).is_file() and (folder / "best").is_dir():
+        folder /= "best"
+    check_folder(folder)
+    return folder
+
+
 def load_model(source: str) -> nn.Module:
     """Load a trained classifier.
 
@@ -165,11 +177,7 @@ def _timm_name(source: str) -> str:
         except UserError as error:  # with the names that come close
             raise UserError(f"{error} A model is a folder of training, hf-hub:user/name or a timm name.") from error
         return source
-    folder = Path(source.removeprefix("local-dir:"))
-    if not (folder / "config.json").is_file() and (folder / "best").is_dir():
-        folder /= "best"
-    check_folder(folder)
-    return f"local-dir:{folder}"
+    return f"local-dir:{model_folder(Path(source.removeprefix('local-dir:')))}"
 
 
 def _untrained(source: str) -> UserError:

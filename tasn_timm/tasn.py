@@ -1,5 +1,6 @@
 """TASN (Fig. 2): attention net -> trilinear attention -> attention sampler -> master and part net -> heads."""
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -285,10 +286,9 @@ class TASN(BackboneClassifier):
 
     def _mean_logits(self, output: TASNOutput) -> Tensor:
         """The mean over all classifiers; the details of an image count as one."""
-        parts = self.parts
         structure = [output.logits, output.master] if self.heads.heads == "both" else [output.logits]
         detail = [output.part, output.shared_part] if self.heads.heads == "both" else [output.part]
-        means = [logits.unflatten(0, (parts, -1)).mean(0) for logits in detail if logits is not None]
+        means = [logits.unflatten(0, (self.parts, -1)).mean(0) for logits in detail if logits is not None]
         logits = [logits for logits in structure if logits is not None]
         return torch.stack([*logits, *means, output.attention]).mean(0)
 
@@ -300,6 +300,11 @@ def _with_split_bn(backbone: nn.Module, views: int) -> nn.Module:
         found = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
         raise UserError(f"split_bn=True needs a backbone whose norms are BatchNorm2d, as a ResNet's; got {found}.")
     return convert_splitbn_model(backbone, views)
+
+
+def structure_norm(name: str) -> str:
+    """Name of the structure images' norm for a parameter of the details' own (`split_bn`); any other name as it is."""
+    return re.sub(r"aux_bn\.\d+\.", "", name)
 
 
 def _heads_of(master_net: bool, part_net: bool, heads: str | None) -> str:

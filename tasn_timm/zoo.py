@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import math
-import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from .attention_net import PRESETS, backbone_cfg
 from .classifier import SECOND_ORDER, BackboneClassifier
 from .errors import UserError
 from .hub_config import HUB_CONFIGS, HubConfig
-from .tasn import TASN
+from .tasn import TASN, structure_norm
 from .weights import check, weights_in, weights_on_hub
 
 __all__: list[str] = []  # timm adds the registered names
@@ -254,7 +253,7 @@ def _starting_state(model: BackboneClassifier, source: dict, cache_dir: str | Pa
     for prefix, (part, given) in parts.items():
         pretrained = _pretrained_state(part, given, cache_dir)
         # Without a head that was removed; the details' own norms of split_bn start as those of the structure image.
-        start |= {prefix + key: pretrained[re.sub(r"aux_bn\.\d+\.", "", key)] for key in part.state_dict()}
+        start |= {prefix + key: pretrained[structure_norm(key)] for key in part.state_dict()}
     return start
 
 

@@ -1,7 +1,6 @@
 """What a recipe says, as objects: the model, and all that trains it."""
 
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -22,9 +21,9 @@ from torch.optim import Optimizer
 from ..attention_net import backbone_cfg
 from ..data.transforms import Normalize
 from ..errors import UserError
-from ..hub import check_folder
+from ..hub import check_folder, model_folder
 from ..recipe import Recipe
-from ..tasn import TASN
+from ..tasn import TASN, structure_norm
 from ..weights import weights_in
 from .freezing import FreezeSchedule
 from .objective import Objective, create_objective
@@ -102,9 +101,7 @@ def start_from(model: nn.Module, folder: Path) -> None:
     Raises:
         UserError: There is no such model, or its backbone or attention net is another one.
     """
-    if not (folder / "config.json").is_file() and (folder / "best").is_dir():
-        folder /= "best"
-    check_folder(folder)
+    folder = model_folder(folder)
     given = load_file(weights_in(folder))
     if not any(name.startswith("backbone.") for name in given):
         given = {f"backbone.{name}": value for name, value in given.items()}
@@ -119,7 +116,7 @@ def start_from(model: nn.Module, folder: Path) -> None:
         if name.startswith(classifiers) or source.split(".")[0] not in parts:
             continue
         if source not in given:  # the details' own norms of split_bn start as those of the structure image
-            source = re.sub(r"aux_bn\.\d+\.", "", source)
+            source = structure_norm(source)
         if source not in given or given[source].shape != value.shape:
             missing.append(name)
         else:
