@@ -37,6 +37,7 @@ def shrunk(name: str, data: Path) -> Recipe:
     small = dict(
         data=str(data),
         num_classes=None,
+        train_split="train",
         val_split="validation",
         pretrained=False,
         img_size=56,
