@@ -24,6 +24,7 @@ from .recipe import FREE_OPTIONS, Recipe, load_recipe
 FILE = Path(__file__).with_name("evidence.yaml")
 REPORT, FIGURE = "RESULTS.md", "RESULTS.png"
 CONFIDENCE = 0.95
+TUNING_SEED = 0
 FEWEST = 3  # seeds from which an order of two rows is decided
 RESERVED = ("seed", "output", "initial_checkpoint", "compare")  # options that a run has from elsewhere
 
@@ -97,6 +98,25 @@ class Table(NamedTuple):
     finding: str = ""  # what we read out of it
     against: str | None = None  # contender that all others are compared with; None: each with the row above
     views: bool = False  # whether to show the accuracy of each classifier on each view
+    tuning: bool = False  # settings that are chosen between: on the validation split, with `TUNING_SEED` alone
+
+    def takes(self, seed: int) -> bool:
+        """Whether runs of a seed are in it."""
+        return not self.tuning or seed == TUNING_SEED
+
+    def accuracy(self, result: "Result") -> float:
+        """What the table shows of a run, per cent: of the test split, or in tuning of the best epoch's validation."""
+        return max(result.validation) if self.tuning else result.top1
+
+
+class Target(NamedTuple):
+    """What we want one contender to reach, seen from another."""
+
+    target: str  # in words
+    contender: str
+    than: str
+    points: float = 0.0  # of test accuracy that it is to be ahead of the other by, at least; negative: may be behind
+    flops: float | None = None  # at most, as a share of the other's
 
 
 class Plan(NamedTuple):
@@ -104,6 +124,7 @@ class Plan(NamedTuple):
 
     contenders: dict[str, Contender]
     tables: dict[str, Table]
+    targets: Sequence[Target] = ()
 
 
 @dataclass
@@ -150,19 +171,21 @@ def read_plan(path: Path = FILE) -> Plan:
             name: Table(name, **given | dict(rows=[Row(**row) for row in given["rows"]]))
             for name, given in content["tables"].items()
         }
+        targets = [Target(**given) for given in content.get("targets", ())]
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{str(path)!r} is no plan of contenders and tables ({reason}): see {FILE.name}.") from error
     starts = [contender.start for contender in contenders.values() if contender.start]
     wanted = [row.contender for table in tables.values() for row in table.rows]
     wanted += [table.against for table in tables.values() if table.against]
+    wanted += [name for target in targets for name in (target.contender, target.than)]
     for name in starts + wanted:
         if name not in contenders:
             raise unknown(f"contender in {path.name}:", name, contenders)
     for name in starts:
         if contenders[name].start:
             raise UserError(f"contender {name!r} in {path.name} is the start of another, so it cannot have one.")
-    return Plan(contenders, tables)
+    return Plan(contenders, tables, targets)
 
 
 def _contender(name: str, given: dict[str, Any]) -> Contender:
@@ -253,9 +276,8 @@ def report(plan: Plan, results: Mapping[str, Sequence[Result]]) -> str:
     gaps = [gap for table in tables for gap in _gaps(table, results)]
     intervals = sum(gap is not None and gap.half is not None for gap in gaps)
     picture = f"![A dot for each run, and the mean, in orange, for each row of the tables below]({FIGURE})"
-    return (
-        "\n\n".join([_HEAD.format(runs=len(every), intervals=intervals), _machines(every), picture, *sections]) + "\n"
-    )
+    head = [_HEAD.format(runs=len(every), intervals=intervals), _machines(every), picture]
+    return "\n\n".join([*head, *_targets(plan.targets, results), *sections]) + "\n"
 
 
 _HEAD = """\
@@ -292,21 +314,46 @@ def _machine(environment: Mapping[str, Any]) -> str:
     return f"{place}, {environment['mixed_precision']}, {shown}, commit {commits}"
 
 
+def _targets(targets: Iterable[Target], results: Mapping[str, Sequence[Result]]) -> list[str]:
+    """A section with a line for each target of which both contenders have been run."""
+    lines = []
+    for target in targets:
+        one, other = (results.get(name, ()) for name in (target.contender, target.than))
+        if (gap := difference(one, other)) is not None:
+            share = one[0].mflops / other[0].mflops
+            line = (target.target, f"`{target.contender}`, `{target.than}`", str(gap), f"{share:.2f}")
+            lines.append(f"| {' | '.join((*line, _verdict(target, gap, share)))} |")
+    if not lines:
+        return []
+    about = "Met or not met where the whole interval is on that side; FLOPs are the first contender's by the second's."
+    head = ["| target | contenders | difference | FLOPs | verdict |", "|---|---|---|---|---|"]
+    return ["## Targets", about, "\n".join([*head, *lines])]
+
+
+def _verdict(target: Target, gap: Difference, share: float) -> str:
+    if target.flops is not None and share > target.flops:
+        return "not met: too dear"
+    ahead = gap._replace(mean=gap.mean - target.points)
+    return ("" if ahead.sign else "undecided, by the mean ") + ("met" if ahead.mean >= 0 else "not met")
+
+
 def _section(table: Table, results: Mapping[str, Sequence[Result]]) -> str:
     against = next((row.row for row in table.rows if row.contender == table.against), None)
     heading = "difference" if against is None else f"difference to {against}"
-    lines = [f"| | paper | top-1 | seeds | {heading} | MFLOPs | rising |", "|---|---|---|---|---|---|---|"]
+    top1 = "validation top-1" if table.tuning else "top-1"
+    lines = [f"| | paper | {top1} | seeds | {heading} | MFLOPs | rising |", "|---|---|---|---|---|---|---|"]
     for row, gap in zip(table.rows, _gaps(table, results)):
-        lines.append(_line(row, results.get(row.contender, ()), gap))
+        runs = [run for run in results.get(row.contender, ()) if table.takes(run.seed)]
+        lines.append(_line(table, row, runs, gap))
     parts = [f"## {table.title}", table.about.strip(), "\n".join(lines)]
     parts += [_views(table, results), _agreement(table, results), table.finding.strip()]
     return "\n\n".join(part for part in parts if part)
 
 
 def _gaps(table: Table, results: Mapping[str, Sequence[Result]]) -> list[Difference | None]:
-    """Of each row to the one above it, or to the contender that all are compared with."""
+    """Of each row to the one above it, or to the contender that all are compared with; none in tuning."""
     names = [row.contender for row in table.rows]
-    others = [table.against] * len(names) if table.against else [None, *names[:-1]]
+    others = [table.against] * len(names) if table.against or table.tuning else [None, *names[:-1]]
     pairs = zip(names, others)
     return [
         None if other in (None, name) else difference(results.get(name, ()), results.get(other, ()))
@@ -314,11 +361,11 @@ def _gaps(table: Table, results: Mapping[str, Sequence[Result]]) -> list[Differe
     ]
 
 
-def _line(row: Row, runs: Sequence[Result], gap: Difference | None) -> str:
+def _line(table: Table, row: Row, runs: Sequence[Result], gap: Difference | None) -> str:
     paper = "" if row.paper is None else f"{row.paper:.1f}"
     if not runs:
         return f"| {row.row} (`{row.contender}`) | {paper} | not run | | | | |"
-    accuracies = [run.top1 for run in runs]
+    accuracies = [table.accuracy(run) for run in runs]
     spread = f" ± {statistics.stdev(accuracies):.1f}" if len(runs) > 1 else ""
     rising = statistics.mean(run.slope for run in runs)
     cells = [

@@ -14,9 +14,9 @@ ROW, TITLE = 0.24, 0.75  # inches
 
 
 def evidence_figure(plan: Plan, results: Mapping[str, Sequence[Result]]) -> Figure:
-    """Draw every table of which there are two rows or more: accuracy from left to right, rows as in the table."""
+    """Draw every table, but of tuning, of which there are two rows or more: accuracy from left to right."""
     drawn = []
-    for table in plan.tables.values():
+    for table in (table for table in plan.tables.values() if not table.tuning):
         rows = [row for row in table.rows if row.contender in results]
         if len(rows) > 1:
             drawn.append((table, rows))

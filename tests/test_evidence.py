@@ -15,6 +15,7 @@ from tasn_timm.evidence import (
     Result,
     Row,
     Table,
+    Target,
     difference,
     read_plan,
     read_results,
@@ -136,6 +137,42 @@ def test_all_rows_can_be_compared_with_one():
     assert "| row c (`c`) |  | 91.0 ± 1.0 | 90.0, 91.0, 92.0 |  |" in text
 
 
+def test_tuning_shows_the_best_validation_accuracy_of_one_seed():
+    found = results(a=[80.0, 81.0, 82.0], b=[90.0])
+    found["b"][0].validation = [10.0, 70.0, 60.0]
+    tuning = plan(("a", None), ("b", None), tuning=True)
+    text = report(tuning, found)
+    assert "| validation top-1 |" in text
+    assert "| row a (`a`) |  | 81.0 | 81.0 |  | 15.4 |" in text and "| row b (`b`) |  | 70.0 | 70.0 |  | 15.4 |" in text
+    assert "of the 0\nintervals" in text
+    assert not any(part.axes for part in evidence_figure(tuning, found).subfigs)
+
+
+@pytest.mark.parametrize(
+    ("upper", "mflops", "said"),
+    [
+        ([82.0, 83.1, 82.4], 8.0, "+2.0 (+1.8 to +2.2) | 0.80 | met |"),
+        ([80.5, 81.4, 80.9], 8.0, "+0.4 (+0.3 to +0.6) | 0.80 | not met |"),
+        ([80.5, 83.5, 81.5], 8.0, "+1.3 (-1.3 to +3.9) | 0.80 | undecided, by the mean met |"),
+        ([80.5, 81.5, 79.5], 8.0, "+0.0 (-2.2 to +2.2) | 0.80 | undecided, by the mean not met |"),
+        ([82.0], 8.0, "+2.0 (1 seed) | 0.80 | undecided, by the mean met |"),
+        ([82.0, 83.1, 82.4], 9.5, "+2.0 (+1.8 to +2.2) | 0.95 | not met: too dear |"),
+    ],
+)
+def test_targets_are_met_where_the_whole_interval_is_beyond_them(upper, mflops, said):
+    found = results(a=[80.0, 81.0, 80.5], b=upper)
+    found["a"] = [replace(each, mflops=10.0) for each in found["a"]]
+    found["b"] = [replace(each, mflops=mflops) for each in found["b"]]
+    target = Target("b a point above a", "b", "a", points=1.0, flops=0.9)
+    text = report(plan(("a", None), ("b", None))._replace(targets=[target]), found)
+    assert f"| b a point above a | `b`, `a` | {said}" in text
+
+
+def test_a_target_that_has_not_been_run_is_left_out():
+    targeted = plan(("a", None), ("b", None), ("c", None))._replace(targets=[Target("c above a", "c", "a")])
+    assert "Targets" not in report(targeted, results(a=[80.0], b=[81.0]))
+
+
 def test_tables_of_fewer_than_two_rows_that_were_run_are_left_out():
     both = plan(("a", 84.0), ("b", 85.0))
     both.tables["two"] = Table("two", "Other", [Row("a", "row a"), Row("c", "row c")])
@@ -194,6 +231,10 @@ def test_no_two_contenders_are_the_same():
         ("[1]", "no plan"),
         (
             "contenders: {abc: {recipe: synthbirds}}\ntables: {one: {title: x, rows: [{contender: abd, row: x}]}}",
+            "unknown contender in plan.yaml: 'abd': did you mean 'abc'",
+        ),
+        (
+            "contenders: {abc: {recipe: synthbirds}}\ntables: {}\ntargets: [{target: x, contender: abc, than: abd}]",
             "unknown contender in plan.yaml: 'abd': did you mean 'abc'",
         ),
         ("contenders: {abc: {recipe: synthbirds, start: abd}}\ntables: {}", "unknown contender.*'abd'"),

@@ -100,6 +100,15 @@ def test_everything_is_run_once_and_what_others_start_from_first(here, trainings
     assert "RESULTS.md written" in capsys.readouterr().out
 
 
+def test_of_tables_for_tuning_seed_0_alone_is_run(here, trainings, capsys):
+    tables = dict(PLAN["tables"], one=dict(PLAN["tables"]["one"], tuning=True))
+    (here / "plan.yaml").write_text(yaml.safe_dump(dict(PLAN, tables=tables)))
+    assert command("one", "--seeds", "1", "2", "--list") == 0
+    assert capsys.readouterr().out.endswith("0 runs to do\n")
+    assert command("one") == 0
+    assert trainings.asked == [(name, 0) for name in ("base", "low", "high")]
+
+
 def test_what_has_a_result_is_not_run_again(here, trainings):
     assert command("one", "--seeds", "0") == 0
     assert command("--seeds", "0", "1", "--jobs", "3") == 0

@@ -84,7 +84,7 @@ def _jobs(plan: "Plan", tables: list[str], seeds: list[int]) -> list[Job]:
     jobs: dict[Job, None] = {}
     for seed in seeds:
         for name in tables:
-            for row in plan.tables[name].rows:
+            for row in plan.tables[name].rows if plan.tables[name].takes(seed) else ():
                 start = plan.contenders[row.contender].start
                 jobs |= dict.fromkeys([*([(start, seed)] if start else []), (row.contender, seed)])
     return list(jobs)
@@ -183,7 +183,7 @@ def _listing(plan: "Plan", tables: list[str], seeds: list[int], results: dict[Jo
     for name in tables:
         for row in plan.tables[name].rows:
             done = sorted(seed for contender, seed in results if contender == row.contender)
-            to_do = [seed for seed in seeds if seed not in done]
+            to_do = [seed for seed in seeds if seed not in done and plan.tables[name].takes(seed)]
             rows.append((name, row.contender, *(" ".join(map(str, each)) for each in (done, to_do))))
     return f"{table(rows, '<<<<')}\n\n{counted(left, 'run')} to do"
 
