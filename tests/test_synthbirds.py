@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tasn_timm.data import synthbirds
+from tasn_timm.data import birds, painting, synthbirds
 
 FEW = {"train": 48, "validation": 24, "test": 30}
 PRELUDE = f"""
@@ -36,9 +36,11 @@ def python(code: str, *arguments: object) -> subprocess.Popen:
 def draw_levels(part: str, number: int, level: int) -> np.ndarray:
     """Bird `number` with one part at a level and the others taken from the bits of the number; (192, 192, 3) floats."""
     levels = [number >> bit & 1 for bit in range(4)]
-    levels[list(synthbirds.PARTS).index(part)] = level
-    family = list(synthbirds.FAMILIES)[number % 3]
-    return synthbirds._draw(np.random.default_rng([7, number]), family, tuple(levels)).astype(float)
+    levels[list(birds.PARTS).index(part)] = level
+    family = list(birds.FAMILIES)[number % 3]
+    return birds.draw_bird(np.random.default_rng([7, number]), family, tuple(levels), synthbirds.SYNTHBIRDS).astype(
+        float
+    )
 
 
 def shrink(image: np.ndarray, factor: int = 4) -> np.ndarray:
@@ -116,7 +118,7 @@ def test_smaller_marks_change_fewer_pixels(part):
             word = [0, 0, 0, 0]
             word[synthbirds.HEAD.index(part)] = level
             rng = np.random.default_rng(3)
-            drawn.append(synthbirds._draw(rng, "blue", tuple(word), variant).astype(float))
+            drawn.append(birds.draw_bird(rng, "blue", tuple(word), variant).astype(float))
         return (np.abs(drawn[1] - drawn[0]).max(-1) > 8).sum()
 
     assert 0 < changed(0.6) < changed(1.0)
@@ -125,7 +127,7 @@ def test_smaller_marks_change_fewer_pixels(part):
 def test_a_finer_variant_is_the_same_picture_with_more_pixels():
     word = (1, 0, 1, 0)
     coarse, fine = (
-        synthbirds._draw(np.random.default_rng(5), "olive", word, synthbirds.Variant({}, size=size)).astype(float)
+        birds.draw_bird(np.random.default_rng(5), "olive", word, synthbirds.Variant({}, size=size)).astype(float)
         for size in (192, 384)
     )
     # All but the camera's noise, which is drawn for each pixel.
@@ -137,7 +139,7 @@ def test_idle_parts_say_nothing_of_the_species():
     hard = synthbirds.VARIANTS["synthbirds_hard"]
     words = hard.words[0], hard.words[-1]
     one, other = (
-        [synthbirds._draw(np.random.default_rng(seed), "blue", word, hard).astype(float) for seed in range(8)]
+        [birds.draw_bird(np.random.default_rng(seed), "blue", word, hard).astype(float) for seed in range(8)]
         for word in words
     )
     tails = []
@@ -147,8 +149,8 @@ def test_idle_parts_say_nothing_of_the_species():
         differing = np.abs(one[seed] - other[seed]).max(-1) > 12
         rng = np.random.default_rng(seed)
         rng.integers(2), rng.integers(2)
-        synthbirds._plumage(rng, hard.families["blue"])
-        tail = synthbirds._pose(rng, hard.bird).place(synthbirds.TAIL) * hard.size / synthbirds.SIZE
+        birds._plumage(rng, hard.families["blue"])
+        tail = birds._pose(rng, hard.bird).place(birds.TAIL) * hard.size / painting.SIZE
         (left, top), (right, bottom) = tail.min(0).astype(int), tail.max(0).astype(int)
         assert not differing[top:bottom, left:right].any()
     assert 0 < sum(tails) < 8
@@ -180,7 +182,7 @@ def test_labels_and_parts_are_balanced():
     assert synthbirds.CLASS_NAMES[23] == "olive hook-beak eye-stripe two-bar edge-tail"
 
 
-@pytest.mark.parametrize("part", synthbirds.PARTS)
+@pytest.mark.parametrize("part", birds.PARTS)
 def test_averaging_hides_a_part(part):
     differences = [draw_levels(part, number, 1) - draw_levels(part, number, 0) for number in range(16)]
     changed = [(np.abs(difference).max(-1) > 8).mean() for difference in differences]
@@ -192,11 +194,11 @@ def test_averaging_hides_a_part(part):
 
 @pytest.mark.parametrize("part", ["wing", "tail", "crown", "throat"])
 def test_both_forms_have_the_same_area(part):
-    plumage = synthbirds._Colours(*((value,) * 3 for value in range(6)))
+    plumage = birds._Colours(*((value,) * 3 for value in range(6)))
 
     def marked(level: int) -> float:
         rng = [np.random.default_rng(0)] if part in ("wing", "tail") else []
-        shapes = getattr(synthbirds, f"_{part}")(*rng, level, plumage, 1.0)
+        shapes = getattr(birds, f"_{part}")(*rng, level, plumage, 1.0)
         return sum(area(polygon) for polygon, colour in shapes if colour in (plumage.mark, plumage.dark))
 
     assert marked(1) == pytest.approx(marked(0), rel=0.1)
@@ -206,8 +208,8 @@ def test_families_have_their_own_colour():
     heads, families = [], np.arange(72) % 24 // 8
     for index in range(72):
         rng = np.random.default_rng([0, synthbirds.SPLIT_NUMBERS["test"], index])
-        synthbirds._plumage(rng, synthbirds.FAMILIES["blue"])
-        x, y = synthbirds._pose(rng, (0.55, 0.75)).place((62, 36)) // 4
+        birds._plumage(rng, birds.FAMILIES["blue"])
+        x, y = birds._pose(rng, (0.55, 0.75)).place((62, 36)) // 4
         colour = shrink(synthbirds.draw("test", index))[int(y), int(x)]
         heads.append(colour / colour.sum())  # without brightness
     centres = np.array([np.mean(np.array(heads)[families == family], axis=0) for family in range(3)])
@@ -221,7 +223,7 @@ def test_fill_is_the_even_odd_rule_at_pixel_centres():
         np.array([(3, 3), (8, 3), (5, 7)]),
     ]
     image = np.zeros(8 * 9, int)
-    pixels, shapes = synthbirds._inside(polygons, 8, 9)
+    pixels, shapes = painting._inside(polygons, 8, 9)
     image[pixels] = shapes + 1
 
     def holds(polygon: np.ndarray, x: float, y: float) -> bool:
