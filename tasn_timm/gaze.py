@@ -8,7 +8,8 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from .attention_sampler import AttentionSampler, magnification, sampled_to_image, shape_map
+from .attention_sampler import AttentionSampler, shape_map
+from .back_projection import magnification, sampled_to_image
 from .errors import UserError
 from .tasn import TASN
 from .trilinear_attention import TrilinearAttention, trilinear_attention

@@ -6,14 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tasn_timm.attention_sampler import (
-    attention_grid,
-    image_to_sampled,
-    saliency_grid,
-    sample,
-    sampled_to_image,
-    uniform_grid,
-)
+from tasn_timm.attention_sampler import attention_grid, saliency_grid, sample, uniform_grid
+from tasn_timm.back_projection import image_to_sampled, sampled_to_image
 from tasn_timm.errors import UserError
 
 SIZE = (60, 90)  # H, W

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
-from tasn_timm.attention_sampler import attention_grid, attention_sample, image_to_sampled, uniform_grid
+from tasn_timm.attention_sampler import attention_grid, attention_sample, uniform_grid
+from tasn_timm.back_projection import image_to_sampled
 from tasn_timm.data.synthbirds import draw
 from tasn_timm.errors import UserError
 from tasn_timm.gaze import View, _model_input, _most_different, look

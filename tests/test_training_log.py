@@ -17,7 +17,8 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from training_runs import PLAIN, QUICK, lines, metrics, on_every_loss, the_error, train_accelerate
 
-from tasn_timm.attention_sampler import attention_grid, magnification
+from tasn_timm.attention_sampler import attention_grid
+from tasn_timm.back_projection import magnification
 from tasn_timm.tasn import TASN
 from tasn_timm.training import accelerator as accelerator_module
 from tasn_timm.training import progress

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.data.dataset import IterableDataset
 
-from ..attention_sampler import magnification
+from ..back_projection import magnification
 from ..tasn import TASN
 
 PICTURES = 16
