@@ -115,15 +115,14 @@ def train(name: str, recipe: Recipe, launch: Launch, accelerator: Accelerator, s
     if launch.dry_run:  # leaves nothing behind, on a tracker's server neither
         recipe = replace(recipe, trackers=[])
     run = Run(name, recipe, accelerator, built.scored, built.label_names, built.data_config, launch.resume)
-    bad_images = BadImages(recipe.max_bad_images, recipe.train_split, run.folder / "bad_images.jsonl", accelerator)
-    state = TrainingState(recipe, accelerator, plan, built.parts, run, bad_images, built.fingerprint)
-    probe = ZoomProbe(built.scored, loaders.get("val", loaders["train"]), built.parts.normalize, accelerator)
-    if not (launch.resume and state.resume(launch.resume, launch.resume_inexact)):
-        run.begin()
-        state.save()
-
-    batches = batches_from(loaders["train"], *astuple(state.position), recipe.epochs, accelerator)
     with closing(run), out_of_memory(recipe, accelerator, built.scored, plan.images % plan.group):
+        bad_images = BadImages(recipe.max_bad_images, recipe.train_split, run.folder / "bad_images.jsonl", accelerator)
+        state = TrainingState(recipe, accelerator, plan, built.parts, run, bad_images, built.fingerprint)
+        probe = ZoomProbe(built.scored, loaders.get("val", loaders["train"]), built.parts.normalize, accelerator)
+        if not (launch.resume and state.resume(launch.resume, launch.resume_inexact)):
+            run.begin()
+            state.save()
+        batches = batches_from(loaders["train"], *astuple(state.position), recipe.epochs, accelerator)
 
         def scores(role: str) -> Scores | None:
             if role not in loaders:

@@ -26,6 +26,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
+from filelock import FileLock
 from loopback_hub import LoopbackHub, connect, go_online
 from training_runs import SCRIPT, SMALL, STEP_3, STEP_4, STEP_6, lines, stream_folder, train_accelerate
 
@@ -194,6 +195,16 @@ def test_a_run_is_resumed_by_its_folder(train, interrupted, tmp_path, expected):
     assert train("--resume", str(interrupted))[0] == 0
     assert outcome(interrupted) == expected
     assert tree(newer) == before
+
+
+def test_a_run_that_is_being_trained_is_refused(train, interrupted, expected, monkeypatch):
+    monkeypatch.setattr("tasn_timm.training.run.LOCK_WAIT", 0)
+    before = checkpoints(interrupted)
+    with FileLock(interrupted / ".lock"):
+        code, _, err = train("--resume", "auto")
+    assert code == 2 and f"{str(interrupted)!r} is being trained by another process: wait for its end" in err
+    assert checkpoints(interrupted) == before
+    assert finished(train, interrupted)[0] == expected
 
 
 def test_auto_takes_the_newest_run_of_the_recipe(train, interrupted, tmp_path, expected):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -44,12 +45,14 @@ PACKAGES = (
     "pillow",
 )
 
+LOCK_WAIT = 10  # seconds, in which the workers of a process that was killed have ended, too
+
 
 class Run:
     """A new folder OUTPUT/NAME, or NAME-1, NAME-2, ... where that exists; or one of them, to go on.
 
         recipe.yaml       every option as used
-        environment.json  versions, machine, number of processes, command; and where it was resumed
+        environment.json  versions, machine, number of processes, a command that repeats it; and where it was resumed
         metrics.jsonl     a line every log_interval batches ("step"), every epoch ("epoch"), and for the test ("test")
         last/  best/      models in timm's Hub format; best by the validation split, the last one where there is none
         checkpoints/      everything that it takes to go on
@@ -66,7 +69,7 @@ class Run:
         resume: Folder of a run to go on with; "auto": the newest one of this name, if any; None for a new one.
 
     Raises:
-        UserError: There is no such folder, or none can be made.
+        UserError: There is no such folder, none can be made, or another process is training in it.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Run:
         folder = None
         if accelerator.is_main_process:
             folder = find_folder(resume, Path(recipe.output), name) or _new_folder(Path(recipe.output), name)
+            self.lock = _lock(folder)
         self.folder = broadcast_object_list([folder])[0]
 
     def begin(self) -> None:
@@ -195,7 +199,9 @@ class Run:
         )
 
     def close(self) -> None:
-        """End the trackers of this run; another one may follow in the same process."""
+        """End the trackers of this run and unlock its folder; another one may follow in the same process."""
+        if self.accelerator.is_main_process:
+            self.lock.release()
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.trackers.clear()
@@ -339,6 +345,21 @@ def _new_folder(output: Path, name: str) -> Path:
             number += 1
         except OSError as error:
             raise UserError(f"output folder {str(output)!r} cannot be used: {error}. Choose another one.") from error
+
+
+def _lock(folder: Path) -> FileLock:
+    """Lock a run's folder for this process: the system gives it back when the process and its workers have ended."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=LOCK_WAIT)
+    except Timeout:
+        raise UserError(
+            f"{str(folder)!r} is being trained by another process: wait for its end, or leave out --resume for a run "
+            f"of its own."
+        ) from None
+    except OSError as error:
+        raise UserError(f"{str(folder)!r} cannot be written: {error}. Give another run to --resume.") from error
+    return lock
 
 
 def comparison_table(runs: list[Run]) -> str:
