@@ -164,8 +164,8 @@ class Recipe:
                 raise UserError(f"recipe: {name} must be 0 or more, got {value}.")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise UserError(
-                f"recipe: warmup_epochs must be less than epochs ({self.epochs}), got {self.warmup_epochs}: lower it; "
-                f"0 is no warm-up."
+                f"recipe: warmup_epochs must be less than epochs ({self.epochs}), got {self.warmup_epochs}: lower it "
+                f"(--warmup-epochs 0: no warm-up)."
             )
         if (self.sched == "multistep") != bool(self.decay_milestones):
             raise UserError(

@@ -1,6 +1,7 @@
 """Evidence: plan, statistics against SciPy's own test, and what RESULTS.md says of results."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import timm
 from scipy import stats
 
+from tasn_timm.commands.reproduce import EXAMPLES
 from tasn_timm.data import synthbirds
 from tasn_timm.evidence import (
     Contender,
@@ -216,6 +218,11 @@ def test_every_contender_of_the_package_is_a_recipe_that_makes_a_model(tmp_path)
     assert {row.contender for table in ours.tables.values() for row in table.rows} | {"other"} == set(ours.contenders)
     for recipe in made.values():
         timm.create_model(recipe.model, num_classes=24, **recipe.model_kwargs)
+
+
+def test_the_command_s_examples_name_tables():
+    tables = re.findall(r"reproduce ([a-z_0-9 ]+)", EXAMPLES)
+    assert tables and {name for each in tables for name in each.split()} <= set(read_plan().tables)
 
 
 def test_no_two_contenders_are_the_same():

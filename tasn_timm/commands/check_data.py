@@ -25,7 +25,11 @@ NAMED = 5  # classes in a line
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     add = parser.add_argument
-    add("data", metavar="DATA", help="a built-in dataset, a folder, or a dataset id on the Hub")
+    add(
+        "data",
+        metavar="DATA",
+        help="a built-in dataset, a folder, a CSV file, or user/name or user/name@revision on the Hub",
+    )
     add(
         "--workers",
         type=int,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SUMMARY = "train the rows of our tables of evidence and write RESULTS.md"
 EXAMPLES = """examples:
   python -m tasn_timm reproduce --list
-  python -m tasn_timm reproduce resolution controls --jobs 2
+  python -m tasn_timm reproduce resolution hard --jobs 2
   python -m tasn_timm reproduce --seeds 0 1 2 3 4"""
 
 BAR = dict(dynamic_ncols=True, smoothing=0, disable=None)  # no bars without a terminal

@@ -28,7 +28,10 @@ def run(options: argparse.Namespace) -> None:
     from ..task import create_task
 
     if not options.script.is_file():
-        raise UserError(f"there is no script {str(options.script)!r}: give the path of a Python file.")
+        raise UserError(
+            f"there is no script {str(options.script)!r}: give the path of a Python file; "
+            f"timm's scripts are in its repository, not in its package."
+        )
     timm.task.ClassificationTask = create_task  # what train.py imports by name
     sys.argv = [str(options.script), *options.arguments]
     sys.path[0] = str(options.script.resolve().parent)  # as Python does for a script

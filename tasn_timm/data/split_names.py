@@ -38,8 +38,8 @@ def wanted_splits(names: Collection[str], only: Collection[str], data: str) -> l
     missing = [split for split in only if find_split(names, split) is None]
     if missing:
         raise UserError(
-            f"dataset {data!r} has no split {missing[0]!r}, only {', '.join(names)}: set --split, or the recipe's "
-            f"train_split, val_split or test_split, to one of these."
+            f"dataset {data!r} has no split {missing[0]!r}, only {', '.join(names)}: choose one of these with --split, "
+            f"or in training with --train-split, --val-split or --test-split, of which the last two may be null."
         )
     wanted = {find_split(names, split) for split in only}
     return [split for split in names if split in wanted]

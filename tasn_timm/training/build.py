@@ -53,7 +53,7 @@ def build_model(recipe: Recipe, classes: int) -> nn.Module:
     if recipe.num_classes not in (None, classes):
         raise UserError(
             f"num_classes is {recipe.num_classes}, but dataset {recipe.data!r} has {classes} classes: set num_classes "
-            f"to {classes} or leave it out."
+            f"to {classes}, or to null for any."
         )
     if recipe.model.startswith("local-dir:"):
         check_folder(Path(recipe.model.removeprefix("local-dir:")))
