@@ -1,6 +1,7 @@
 """Recipes: every file loads, unknown and ill-typed options are refused, the command line overrides."""
 
 import dataclasses
+import re
 import shlex
 from pathlib import Path
 
@@ -48,12 +49,18 @@ def test_the_published_training_reaches_the_recipes():
     assert parameter.item() == pytest.approx(before - 0.2), "plain gradient descent"
 
 
-def test_the_readmes_commands_are_accepted():
+def test_the_readmes_commands_are_accepted(tmp_path, monkeypatch):
     text = Path(__file__).parents[1].joinpath("README.md").read_text().replace("\\\n", " ")
+    ((name, content),) = re.findall(r"^cat > (\S+) <<END\n(.*?)^END$", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / name).write_text(content)
+    monkeypatch.chdir(tmp_path)
     commands = [line.split("#")[0] for line in text.splitlines() if line.startswith("accelerate launch")]
-    assert any("--data photos/" in command for command in commands)
-    for command in commands:
-        parse_args(shlex.split(command.partition("train_accelerate.py")[2]))
+    started = [parse_args(shlex.split(command.partition("train_accelerate.py")[2]))[:2] for command in commands]
+    recipe = dict(started)["mine"]
+    modern = load_recipe(
+        "cub200_resnet50_modern", dict(data="photos/", num_classes=None, val_split="validation", workers=8)
+    )
+    assert recipe == modern
 
 
 def test_a_comparison_differs_in_the_model_and_its_input_only():

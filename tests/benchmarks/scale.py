@@ -32,16 +32,16 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(options.measure, options.cache, options.workers)))
         return
-    print("| rows | opening | open | first batch | an epoch's order | main process | a worker |")
-    print("|---|---|---|---|---|---|---|")
+    print("| rows | opening | open | first batch | main process | a worker |")
+    print("|---|---|---|---|---|---|")
     for rows in options.rows:
         with tempfile.TemporaryDirectory() as folder:
             write_rows(Path(folder, "data"), rows)
-            for opening in ("first", "second"):
+            for opening in ("first", "later"):
                 command = [sys.executable, __file__, "--measure", folder, "--cache", f"{folder}/cache"]
                 command += ["--workers", str(options.workers)]
                 result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-                seconds = " | ".join(f"{result[key]:.2f} s" for key in ("open", "batch", "order"))
+                seconds = " | ".join(f"{result[key]:.2f} s" for key in ("open", "batch"))
                 memory = f"{result['main']:.0f} MB ({result['imports']:.0f} before) | {result['worker']:.0f} MB"
                 print(f"| {rows:,} | {opening} | {seconds} | {memory} |", flush=True)
 
@@ -92,12 +92,9 @@ def measure(folder: Path, cache: Path, workers: int) -> dict[str, float]:
         next(batches)
     children = multiprocessing.active_children()
     worker = sum(memory(child.pid, "smaps_rollup", "Private_Dirty") for child in children) / len(children)
-    again = time.perf_counter()
-    next(iter(loader.sampler))
     return dict(
         open=opened - start,
         batch=first - opened,
-        order=time.perf_counter() - again,
         main=memory("self", "status", "RssAnon"),
         imports=imports,
         worker=worker,
