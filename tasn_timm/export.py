@@ -1,7 +1,6 @@
 """Ways out of PyTorch: a model as an ONNX or torch.export file, checked against the model itself."""
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .errors import NumericalError, UserError
-from .files import check_writable
+from .files import completing
 
 INPUTS, TOLERANCE = 20, 1e-4
 OPSET = 20  # grid_sample has been in ONNX since 16, bilinear with antialiasing since 18
@@ -41,12 +40,10 @@ def export(model: nn.Module, path: Path) -> float:
         raise UserError(f"{str(path)!r} does not end in {' or '.join(_FORMATS)}: the ending says what to write.")
     if not path.parent.is_dir():
         raise UserError(f"there is no folder {str(path.parent)!r} to write {path.name!r} to: make it first.")
-    check_writable(path, "FILE")
     config = resolve_model_data_config(model)
     if model.pretrained_cfg.get("label_names"):
         config["label_names"] = model.pretrained_cfg["label_names"]
-    aside = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
+    with completing(path, "FILE") as aside:
         predict = _FORMATS[path.suffix](model, config, aside)
         difference = _largest_difference(model, predict, config["input_size"])
         if not difference <= TOLERANCE:
@@ -54,9 +51,6 @@ def export(model: nn.Module, path: Path) -> float:
                 f"the exported model's logits differ by {difference:.2g} from the model's, more than {TOLERANCE:.0e}: "
                 f"{path} was not written."
             )
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
     return difference
 
 

@@ -29,6 +29,7 @@ from ..errors import UserError
 from ..files import digest
 from ..hub import save_folder
 from ..recipe import Recipe, save_recipe
+from ..tables import table
 from .checkpoints import Checkpoint, link_or_copy
 from .evaluation import Scores, count_flops
 from .progress import Progress
@@ -370,6 +371,5 @@ def comparison_table(runs: list[Run]) -> str:
         size = f"{run.recipe.img_size}" + (f", samples {samples[0]}" if samples else "")
         top1 = f"{run.test_scores.top1:.1f} %" if run.test_scores else "not tested"
         rows.append((run.folder.name, run.recipe.model, size, f"{run.flops / 1e6:.1f}", top1))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join(["", lines[0], "-" * len(lines[0]), *lines[1:], ""])
+    head, *lines = table(rows, "<<<<<").splitlines()
+    return "\n".join(["", head, "-" * len(head), *lines, ""])

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..recipe import FREE_OPTIONS, Recipe
+from ..tables import table
 from .bad_images import BadImages
 from .build import Parts
 from .checkpoints import Checkpoint, Checkpoints
@@ -271,5 +272,4 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, l
 def _table(differences: Mapping[str, list]) -> str:
     """Differences as text."""
     rows = [("", "checkpoint", "now"), *((name, *map(str, values)) for name, values in differences.items())]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return table(rows, "<<<")
