@@ -20,10 +20,21 @@ RECIPES = Path(__file__).parent / "recipes"
 BASES = RECIPES / "base"  # what recipes share; no recipes themselves
 
 
-def _option(default: Any, help: str) -> Any:
+# What numbers may have to be.
+_RANGES: dict[str, Callable[[float], bool]] = {
+    "at least 1": lambda value: value >= 1,
+    "0 or more": lambda value: 0 <= value < math.inf,
+    "between 0 and 1": lambda value: 0 <= value <= 1,
+    "more than 0 and less than 1": lambda value: 0 < value < 1,
+}
+
+
+def _option(default: Any, help: str, must_be: str | None = None) -> Any:
+    """An option of `Recipe`: its default, help, and key of `_RANGES`."""
+    metadata = dict(help=help, must_be=must_be)
     if isinstance(default, (dict, list)):
-        return field(default_factory=lambda: default.copy(), metadata=dict(help=help))
-    return field(default=default, metadata=dict(help=help))
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -44,13 +55,16 @@ class Recipe:
         False, "read the training split from the Hub or its folder as it is needed, in no exactly repeatable order"
     )
     max_bad_images: int = _option(
-        0, "unreadable training images for which others are taken; one more stops the run. In evaluation any one does"
+        0,
+        "unreadable training images for which others are taken; one more stops the run. In evaluation any one does",
+        must_be="0 or more",
     )
     decoder: str = _option("pillow", "what decodes training images: pillow or simplejpeg (extra fast)")
     overfit_batches: int = _option(
         0,
         "train and validate on the images of so many optimizer steps, unaugmented, and test nothing: without dropout, "
         "smoothing and mixup the loss should go towards 0; 0: off",
+        must_be="0 or more",
     )
 
     # model
@@ -62,61 +76,78 @@ class Recipe:
     model_kwargs: dict = _option({}, "arguments of the model, e.g. sample_size=336 heads=shared")
 
     # images
-    img_size: int = _option(192, "side of the model's input in pixels; TASN samples its small image from it")
+    img_size: int = _option(
+        192, "side of the model's input in pixels; TASN samples its small image from it", must_be="at least 1"
+    )
     resize: int | None = _option(None, "short side in pixels before cropping; null: img_size")
-    crop_padding: int = _option(0, "pixels of mirrored border around the image before the random crop")
-    hflip: float = _option(0.5, "probability of a horizontal flip")
-    degrees: float = _option(0.0, "largest random rotation in degrees")
-    color_jitter: float = _option(0.0, "largest relative change of brightness, contrast and saturation")
-    pca_noise: float = _option(0.0, "standard deviation of AlexNet's PCA colour noise; the published code has 0.1")
+    crop_padding: int = _option(
+        0, "pixels of mirrored border around the image before the random crop", must_be="0 or more"
+    )
+    hflip: float = _option(0.5, "probability of a horizontal flip", must_be="between 0 and 1")
+    degrees: float = _option(0.0, "largest random rotation in degrees", must_be="0 or more")
+    color_jitter: float = _option(
+        0.0, "largest relative change of brightness, contrast and saturation", must_be="0 or more"
+    )
+    pca_noise: float = _option(
+        0.0, "standard deviation of AlexNet's PCA colour noise; the published code has 0.1", must_be="0 or more"
+    )
     aa: str | None = _option(None, "timm's RandAugment, such as rand-m9-mstd0.5-inc1; null: none")
-    reprob: float = _option(0.0, "probability that a random rectangle is erased")
-    mixup: float = _option(0.0, "alpha of mixup; not for a TASN with a part net; 0: none")
-    cutmix: float = _option(0.0, "alpha of cutmix, likewise")
+    reprob: float = _option(0.0, "probability that a random rectangle is erased", must_be="between 0 and 1")
+    mixup: float = _option(0.0, "alpha of mixup; not for a TASN with a part net; 0: none", must_be="0 or more")
+    cutmix: float = _option(0.0, "alpha of cutmix, likewise", must_be="0 or more")
 
     # loss
-    smoothing: float = _option(0.0, "label smoothing, 0 to 1")
+    smoothing: float = _option(0.0, "label smoothing, 0 to 1", must_be="between 0 and 1")
     temperature: float = _option(10.0, "TASN: T of the soft targets (Eq. 6)")
-    soft_weight: float = _option(2.0, "TASN: lambda, weight of the distillation (Eq. 8)")
-    part_weight: float = _option(1.0, "TASN: weight of the detail image's classification")
-    attention_weight: float = _option(1.0, "TASN: weight of the attention net's classification")
+    soft_weight: float = _option(2.0, "TASN: lambda, weight of the distillation (Eq. 8)", must_be="0 or more")
+    part_weight: float = _option(1.0, "TASN: weight of the detail image's classification", must_be="0 or more")
+    attention_weight: float = _option(1.0, "TASN: weight of the attention net's classification", must_be="0 or more")
     master_weight: float | None = _option(
         None,
         "TASN: share of the master and part classifiers, the shared one has the rest; null: 0.5 where there are both",
+        must_be="between 0 and 1",
     )
     shared_part_weight: float | None = _option(
-        None, "TASN: weight of the shared classifier on the detail image; null: as part_weight"
+        None, "TASN: weight of the shared classifier on the detail image; null: as part_weight", must_be="0 or more"
     )
     scale_soft: bool = _option(False, "TASN: multiply the distillation by T^2, so that T does not change its gradient")
     detach_teacher: bool = _option(True, "TASN: the distillation does not change the part net")
 
     # optimisation
-    epochs: int = _option(20, "passes over the training split")
-    batch_size: int = _option(32, "images per optimizer step, over all processes and accumulation steps")
-    grad_accum_steps: int = _option(1, "forward and backward passes per optimizer step")
+    epochs: int = _option(20, "passes over the training split", must_be="at least 1")
+    batch_size: int = _option(
+        32, "images per optimizer step, over all processes and accumulation steps", must_be="at least 1"
+    )
+    grad_accum_steps: int = _option(1, "forward and backward passes per optimizer step", must_be="at least 1")
     drop_last: bool = _option(
         True, "leave out the images (others every epoch) that do not fill up batch_size; no: a short last step has them"
     )
     opt: str = _option("adamw", "timm optimizer")
     lr: float = _option(
-        4e-3, "learning rate, for the batch size as given; the schedule begins at epoch 0, also under the warm-up"
+        4e-3,
+        "learning rate, for the batch size as given; the schedule begins at epoch 0, also under the warm-up",
+        must_be="0 or more",
     )
-    weight_decay: float = _option(0.05, "weight decay, not on biases and norms")
+    weight_decay: float = _option(0.05, "weight decay, not on biases and norms", must_be="0 or more")
     momentum: float = _option(0.9, "momentum, for optimizers that have it")
     opt_kwargs: dict = _option({}, "more arguments of the optimizer")
     layer_decay: float | None = _option(
-        None, "factor on the learning rate from each layer to the one below it (timm's groups of layers); null: none"
+        None,
+        "factor on the learning rate from each layer to the one below it (timm's groups of layers); null: none",
+        must_be="more than 0 and less than 1",
     )
     model_ema_decay: float | None = _option(
-        None, "decay of an average of the weights, which is then what is evaluated and saved; null: no average"
+        None,
+        "decay of an average of the weights, which is then what is evaluated and saved; null: no average",
+        must_be="more than 0 and less than 1",
     )
     sched: Literal["cosine", "tanh", "poly", "multistep"] = _option("cosine", "timm scheduler, stepped every update")
     warmup_epochs: float = _option(4.0, "epochs of linear warm-up from warmup_lr")
-    warmup_lr: float = _option(4e-4, "learning rate at the start of the warm-up")
-    min_lr: float = _option(4e-5, "learning rate at the end")
+    warmup_lr: float = _option(4e-4, "learning rate at the start of the warm-up", must_be="0 or more")
+    min_lr: float = _option(4e-5, "learning rate at the end", must_be="0 or more")
     decay_milestones: list = _option([], "epochs at which the multistep scheduler decays")
     decay_rate: float = _option(0.1, "factor of each decay")
-    clip_grad: float | None = _option(None, "largest norm of the gradient; null: no clipping")
+    clip_grad: float | None = _option(None, "largest norm of the gradient; null: no clipping", must_be="0 or more")
     freeze: dict = _option(
         {}, "what is not trained when: a name's beginning and the epochs before which, or [from, before]: backbone=5"
     )
@@ -132,13 +163,17 @@ class Recipe:
         None, "compile the model with this backend, such as inductor; null: as accelerate is configured"
     )
     channels_last: bool = _option(True, "memory layout of the convolutions")
-    workers: int = _option(2, "processes that load images, per training process")
+    workers: int = _option(2, "processes that load images, per training process", must_be="0 or more")
     cpu: bool = _option(False, "train on CPU even where there is a GPU")
-    log_interval: int = _option(50, "batches between lines of metrics.jsonl, and where there is no terminal of the log")
-    recovery_interval: int | None = _option(
-        None, "optimizer steps between checkpoints; null: at the end of each epoch, where there is always one"
+    log_interval: int = _option(
+        50, "batches between lines of metrics.jsonl, and where there is no terminal of the log", must_be="at least 1"
     )
-    checkpoint_hist: int = _option(2, "checkpoints to keep")
+    recovery_interval: int | None = _option(
+        None,
+        "optimizer steps between checkpoints; null: at the end of each epoch, where there is always one",
+        must_be="at least 1",
+    )
+    checkpoint_hist: int = _option(2, "checkpoints to keep", must_be="at least 1")
     trackers: list = _option([], "where metrics go besides metrics.jsonl: [tensorboard], [wandb], [trackio] ...")
     output: str = _option("runs", "folder in which the run gets a folder of its own")
     compare: str | None = _option(None, "recipe of a second model, trained afterwards for the final table")
@@ -146,22 +181,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for entry in dataclasses.fields(self):
             setattr(self, entry.name, _typed(entry, getattr(self, entry.name)))
-        for name in (
-            *("epochs", "batch_size", "grad_accum_steps", "img_size"),
-            *("log_interval", "recovery_interval", "checkpoint_hist"),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"recipe: {name} must be at least 1, got {getattr(self, name)}.")
-        for name in (
-            *("workers", "max_bad_images", "overfit_batches", "lr", "warmup_lr", "min_lr", "weight_decay", "clip_grad"),
-            *("mixup", "cutmix"),
-            *("color_jitter", "degrees", "crop_padding", "pca_noise"),
-            *("soft_weight", "part_weight", "attention_weight", "shared_part_weight"),
-        ):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise UserError(f"recipe: {name} must be 0 or more, got {value}.")
+            _check_range(entry, getattr(self, entry.name))
         if not 0 <= self.warmup_epochs < self.epochs:
             raise UserError(
                 f"recipe: warmup_epochs must be less than epochs ({self.epochs}), got {self.warmup_epochs}: lower it "
@@ -177,19 +197,11 @@ class Recipe:
                 f"recipe: decay_milestones {self.decay_milestones} must be less than epochs ({self.epochs}), or the "
                 f"learning rate never decays: scale them with epochs."
             )
-        for name in ("hflip", "reprob", "smoothing", "master_weight"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise UserError(f"recipe: {name} must be between 0 and 1, got {value}.")
         if self.crop_padding >= (self.resize or self.img_size):
             raise UserError(
                 f"recipe: crop_padding ({self.crop_padding}) mirrors the picture, so it must be less than its short "
                 f"side ({self.resize or self.img_size})."
             )
-        for name in ("layer_decay", "model_ema_decay"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < 1:
-                raise UserError(f"recipe: {name} must be more than 0 and less than 1, got {value}; null: none.")
         if self.opt not in list_optimizers():
             raise unknown("optimizer", self.opt, list_optimizers())
         if self.resize is not None and self.resize < self.img_size:
@@ -490,3 +502,9 @@ def _typed(entry: dataclasses.Field, value: Any) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"recipe: {entry.name} must be {getattr(kind, '__name__', kind)}, got {value!r}.")
     return value
+
+
+def _check_range(entry: dataclasses.Field, value: Any) -> None:
+    must_be = entry.metadata["must_be"]
+    if must_be and value is not None and not _RANGES[must_be](value):
+        raise UserError(f"recipe: {entry.name} must be {must_be}, got {value}.")
