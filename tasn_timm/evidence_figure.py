@@ -15,22 +15,25 @@ ROW, TITLE = 0.24, 0.75  # inches
 
 def evidence_figure(plan: Plan, results: Mapping[str, Sequence[Result]]) -> Figure:
     """Draw every table, but of tuning, of which there are two rows or more: accuracy from left to right."""
-    drawn = []
+    columns: list[list[tuple[Table, list[Row]]]] = [[] for _ in range(COLUMNS)]
     for table in (table for table in plan.tables.values() if not table.tuning):
         rows = [row for row in table.rows if row.contender in results]
         if len(rows) > 1:
-            drawn.append((table, rows))
-    columns = [drawn[start::COLUMNS] for start in range(COLUMNS)]
-    heights = [sum(TITLE + ROW * len(rows) for _, rows in column) for column in columns]
-    figure = Figure(figsize=(6.2 * COLUMNS, max(heights, default=0) + 0.3), layout="constrained")
+            min(columns, key=_height).append((table, rows))
+    heights = [_height(column) for column in columns]
+    figure = Figure(figsize=(6.2 * COLUMNS, max(heights) + 0.3), layout="constrained")
     for part, column in zip(figure.subfigures(1, COLUMNS, squeeze=False)[0], columns):
         if not column:
             continue
-        ratios = [TITLE + ROW * len(rows) for _, rows in column]
+        ratios = [_height([drawn]) for drawn in column]
         grid = part.subplots(len(column), 1, squeeze=False, gridspec_kw=dict(height_ratios=ratios))
         for axes, (table, rows) in zip(grid[:, 0], column):
             _draw(axes, table, rows, results)
     return figure
+
+
+def _height(column: Sequence[tuple[Table, Sequence[Row]]]) -> float:
+    return sum(TITLE + ROW * len(rows) for _, rows in column)
 
 
 def _draw(axes: Axes, table: Table, rows: Sequence[Row], results: Mapping[str, Sequence[Result]]) -> None:
