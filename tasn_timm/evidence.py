@@ -316,18 +316,17 @@ def _machine(environment: Mapping[str, Any]) -> str:
 
 def _targets(targets: Iterable[Target], results: Mapping[str, Sequence[Result]]) -> list[str]:
     """A section with a line for each target of which both contenders have been run."""
-    lines = []
+    rows = [("target", "contenders", "difference", "FLOPs", "verdict")]
     for target in targets:
         one, other = (results.get(name, ()) for name in (target.contender, target.than))
         if (gap := difference(one, other)) is not None:
             share = one[0].mflops / other[0].mflops
-            line = (target.target, f"`{target.contender}`, `{target.than}`", str(gap), f"{share:.2f}")
-            lines.append(f"| {' | '.join((*line, _verdict(target, gap, share)))} |")
-    if not lines:
+            names = f"`{target.contender}`, `{target.than}`"
+            rows.append((target.target, names, str(gap), f"{share:.2f}", _verdict(target, gap, share)))
+    if len(rows) == 1:
         return []
     about = "Met or not met where the whole interval is on that side; FLOPs are the first contender's by the second's."
-    head = ["| target | contenders | difference | FLOPs | verdict |", "|---|---|---|---|---|"]
-    return ["## Targets", about, "\n".join([*head, *lines])]
+    return ["## Targets", about, _markdown(rows)]
 
 
 def _verdict(target: Target, gap: Difference, share: float) -> str:
@@ -341,11 +340,11 @@ def _section(table: Table, results: Mapping[str, Sequence[Result]]) -> str:
     against = next((row.row for row in table.rows if row.contender == table.against), None)
     heading = "difference" if against is None else f"difference to {against}"
     top1 = "validation top-1" if table.tuning else "top-1"
-    lines = [f"| | paper | {top1} | seeds | {heading} | MFLOPs | rising |", "|---|---|---|---|---|---|---|"]
+    rows = [("", "paper", top1, "seeds", heading, "MFLOPs", "rising")]
     for row, gap in zip(table.rows, _gaps(table, results)):
         runs = [run for run in results.get(row.contender, ()) if table.takes(run.seed)]
-        lines.append(_line(table, row, runs, gap))
-    parts = [f"## {table.title}", table.about.strip(), "\n".join(lines)]
+        rows.append(_cells(table, row, runs, gap))
+    parts = [f"## {table.title}", table.about.strip(), _markdown(rows)]
     parts += [_views(table, results), _agreement(table, results), table.finding.strip()]
     return "\n\n".join(part for part in parts if part)
 
@@ -361,38 +360,41 @@ def _gaps(table: Table, results: Mapping[str, Sequence[Result]]) -> list[Differe
     ]
 
 
-def _line(table: Table, row: Row, runs: Sequence[Result], gap: Difference | None) -> str:
-    paper = "" if row.paper is None else f"{row.paper:.1f}"
+def _cells(table: Table, row: Row, runs: Sequence[Result], gap: Difference | None) -> tuple[str, ...]:
+    name, paper = f"{row.row} (`{row.contender}`)", "" if row.paper is None else f"{row.paper:.1f}"
     if not runs:
-        return f"| {row.row} (`{row.contender}`) | {paper} | not run | | | | |"
+        return name, paper, "not run", "", "", "", ""
     accuracies = [table.accuracy(run) for run in runs]
     spread = f" ± {statistics.stdev(accuracies):.1f}" if len(runs) > 1 else ""
-    rising = statistics.mean(run.slope for run in runs)
-    cells = [
-        f"{row.row} (`{row.contender}`)",
+    return (
+        name,
         paper,
         f"{statistics.mean(accuracies):.1f}{spread}",
-        ", ".join(f"{accuracy:.1f}" for accuracy in accuracies),
+        "" if table.tuning else ", ".join(f"{accuracy:.1f}" for accuracy in accuracies),
         "" if gap is None else str(gap),
         f"{runs[0].mflops:.1f}",
-        f"{rising:+.1f}",
-    ]
-    return "| " + " | ".join(cells) + " |"
+        f"{statistics.mean(run.slope for run in runs):+.1f}",
+    )
+
+
+def _markdown(rows: Sequence[tuple[str, ...]]) -> str:
+    """A table under its first row; columns that are empty are left out."""
+    columns = [column for column in zip(*rows) if any(column[1:])]
+    head, *body = ["| " + " | ".join(cells) + " |" for cells in zip(*columns)]
+    return "\n".join([head, "|" + "---|" * len(columns), *body])
 
 
 def _views(table: Table, results: Mapping[str, Sequence[Result]]) -> str:
     """How well each classifier recognises each view of validation pictures, where there is a part net."""
-    lines = []
+    rows = []
     for row in table.rows if table.views else ():
         views = [run.views for run in results.get(row.contender, ()) if run.views]
         if views:
             means = {name: statistics.mean(view[name] for view in views) for name in views[0]}
-            lines.append(f"| {row.row} | " + " | ".join(f"{mean:.1f}" for mean in means.values()) + " |")
-            names = [name.replace("_", " ") for name in means]
-    if not lines:
+            rows.append((row.row, *(f"{mean:.1f}" for mean in means.values())))
+    if not rows:
         return ""
-    head = ["| validation, mean over seeds | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
-    return "\n".join([*head, *lines])
+    return _markdown([("validation, mean over seeds", *(name.replace("_", " ") for name in means)), *rows])
 
 
 def _agreement(table: Table, results: Mapping[str, Sequence[Result]]) -> str:
