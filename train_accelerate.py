@@ -110,7 +110,8 @@ def build(recipe: Recipe, accelerator: Accelerator) -> Built:
 
 def train(name: str, recipe: Recipe, launch: Launch, accelerator: Accelerator, stop: StopRequest) -> Run:
     """Train one recipe epoch by epoch, keep the best epoch's model, and test that one once."""
-    built = build(recipe, accelerator)
+    with stop.suspended():
+        built = build(recipe, accelerator)
     recipe, plan, loaders = built.recipe, built.plan, built.loaders
     if launch.dry_run:  # leaves nothing behind, on a tracker's server neither
         recipe = replace(recipe, trackers=[])

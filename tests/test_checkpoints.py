@@ -181,6 +181,19 @@ def test_a_signal_is_noted_and_the_handlers_come_back(number, capsys):
     assert signal.getsignal(number) is before
 
 
+def test_while_suspended_processes_are_forked_that_sigterm_ends():
+    with StopRequest(Accelerator(cpu=True)) as stop:
+        with stop.suspended():  # as of a pool of `datasets`, which waits for their end
+            process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+            process.start()
+            process.terminate()
+            process.join(20)
+        assert process.exitcode == -signal.SIGTERM
+        assert stop.agreed() == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed() == signal.SIGTERM
+
+
 def test_a_second_ctrl_c_interrupts_at_once():
     with pytest.raises(KeyboardInterrupt), StopRequest(Accelerator(cpu=True)):
         os.kill(os.getpid(), signal.SIGINT)

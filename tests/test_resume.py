@@ -537,6 +537,16 @@ def test_what_the_next_epoch_cannot_read_does_not_cost_this_one(train, tmp_path,
     assert lines(tmp_path / "runs/small")[0]["epoch"] == 1
 
 
+def test_data_are_loaded_with_the_usual_signals(train, monkeypatch):
+    handlers = []
+    load = train_accelerate.load_data
+    monkeypatch.setattr(
+        train_accelerate, "load_data", lambda recipe: handlers.append(signal.getsignal(signal.SIGTERM)) or load(recipe)
+    )
+    assert train("--max-steps", "1")[0] == 0
+    assert handlers == [signal.getsignal(signal.SIGTERM)]
+
+
 def test_a_signal_at_the_end_of_a_run_ends_the_comparison(train, tmp_path, monkeypatch):
     plain = tmp_path / "plain.yaml"
     plain.write_text("model: test_resnet\nimg_size: 24\n")

@@ -2,6 +2,8 @@
 
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 import torch
@@ -28,14 +30,25 @@ class StopRequest:
         self.sent: distributed.Work | None = None
 
     def __enter__(self) -> "StopRequest":
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._listen()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        self._restore()
         if error is None and self.sent is not None:
             self.sent.wait()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """While there is nothing to save, signals do what they did before.
+
+        `datasets` draws and converts in processes that it forks and ends by SIGTERM, which these would only note, too.
+        """
+        self._restore()
+        try:
+            yield
+        finally:
+            self._listen()
 
     def agreed(self) -> int:
         """Number of the signal that a process has got; 0 for none. All have to ask, and all get the same answer.
@@ -56,6 +69,13 @@ class StopRequest:
         number = self.agreed()
         if number:
             raise Interrupted(f"stopped by {signal.Signals(number).name}", number)
+
+    def _listen(self) -> None:
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
