@@ -6,6 +6,7 @@ leaves a JSON file, `Result`; RESULTS.md is written from these alone.
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
@@ -300,18 +301,23 @@ is above that of the eighth before; much above 0 means that the contender was no
 
 
 def _machines(results: Iterable[Result]) -> str:
-    kinds: dict[str, int] = {}
+    """Kinds of machines and versions, with the number of runs, and of each commit."""
+    kinds: dict[str, Counter[str]] = {}
     for result in results:
-        kinds[_machine(result.environment)] = kinds.get(_machine(result.environment), 0) + 1
-    return "Made by: " + "; ".join(f"{kind} ({count} runs)" for kind, count in sorted(kinds.items())) + "."
+        commits = (each[:10] + "+" * each.endswith("+") for each in result.environment["commits"])
+        kinds.setdefault(_machine(result.environment), Counter())[" and ".join(commits) or "unknown"] += 1
+    told = []
+    for kind, commits in sorted(kinds.items()):
+        shares = ", ".join(f"{name} ({count})" for name, count in sorted(commits.items()))
+        told.append(f"{kind}: {commits.total()} runs, of commits {shares}")
+    return f"Made by {'; '.join(told)}."
 
 
 def _machine(environment: Mapping[str, Any]) -> str:
     versions = environment["versions"]
     shown = ", ".join(f"{name} {versions[name]}" for name in ("torch", "timm", "accelerate"))
-    place = " ".join(str(environment[name]) for name in ("machine", "device", "cpu") if environment.get(name))
-    commits = ", ".join(each[:10] + "+" * each.endswith("+") for each in environment["commits"]) or "unknown"
-    return f"{place}, {environment['mixed_precision']}, {shown}, commit {commits}"
+    place = " ".join(str(environment[name]) for name in ("machine", "device", "gpu", "cpu") if environment.get(name))
+    return f"{place}, {environment['mixed_precision']}, {shown}"
 
 
 def _targets(targets: Iterable[Target], results: Mapping[str, Sequence[Result]]) -> list[str]:

@@ -128,7 +128,8 @@ def test_the_report_has_every_figure():
     assert "| row c (`c`) |  | not run |" in text
     assert "| row b | 80.0 | 60.0 |" in text and "master on structure | part on detail" in text
     assert text.index("Before.") < text.index("| row a") < text.index("After.")
-    assert "of 6 runs" in text and "x86_64 cpu AVX2, bf16, torch 2, timm 1, accelerate 1, commit 0123456789+" in text
+    assert "of 6 runs" in text
+    assert "Made by x86_64 cpu AVX2, bf16, torch 2, timm 1, accelerate 1: 6 runs, of commits 0123456789+ (6)." in text
     assert "of the 1\nintervals" in text
 
 
