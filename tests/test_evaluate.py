@@ -510,7 +510,7 @@ def test_scores_count_classes_and_tell_top5_only_beyond_5():
         (["evaluate", "tasn", "synthbirds"], "'tasn' has no trained classifier"),
         (["evaluate", "test_resnet"], "test_resnet does not say what it was trained on: give DATA after MODEL"),
         (["evaluate", "resnet6s", "{photos}"], "model 'resnet6s' cannot be loaded: No pretrained weights"),
-        (["evaluate", "{best}", "--split", "dusk"], "only train, validation, test: set --split, or the recipe's"),
+        (["evaluate", "{best}", "--split", "dusk"], "only train, validation, test: choose one of these with --split"),
         (
             ["evaluate", "{best}", "{species}"],
             "'{best}' does not know 8 of the 8 classes of dataset '{species}': unknown",

@@ -200,7 +200,7 @@ def test_a_run_is_resumed_by_its_folder(train, interrupted, tmp_path, expected):
 def test_a_run_that_is_being_trained_is_refused(train, interrupted, expected, monkeypatch):
     monkeypatch.setattr("tasn_timm.training.run.LOCK_WAIT", 0)
     before = checkpoints(interrupted)
-    with FileLock(interrupted / ".lock"):
+    with FileLock(interrupted / "lock"):
         code, _, err = train("--resume", "auto")
     assert code == 2 and f"{str(interrupted)!r} is being trained by another process: wait for its end" in err
     assert checkpoints(interrupted) == before

@@ -28,7 +28,7 @@ def test_a_run_leaves_a_model_that_timm_loads_and_scores_what_it_says(train, tmp
     code, out, err = train("--epochs", "3")
     assert code == 0, err
     run = tmp_path / "runs" / "small"
-    files = {"recipe.yaml", "environment.json", "metrics.jsonl", "best", "last", "checkpoints", ".lock"}
+    files = {"recipe.yaml", "environment.json", "metrics.jsonl", "best", "last", "checkpoints", "lock"}
     assert {path.name for path in run.iterdir()} == files
     *epochs, test = lines(run)
     assert [line["epoch"] for line in epochs] == [1, 2, 3]

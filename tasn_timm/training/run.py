@@ -350,7 +350,7 @@ def _new_folder(output: Path, name: str) -> Path:
 
 def _lock(folder: Path) -> FileLock:
     """Lock a run's folder for this process: the system gives it back when the process and its workers have ended."""
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / "lock")
     try:
         lock.acquire(timeout=LOCK_WAIT)
     except Timeout:
