@@ -138,7 +138,7 @@ class Recipe:
     )
     model_ema_decay: float | None = _option(
         None,
-        "decay of an average of the weights, which is then what is evaluated and saved; null: no average",
+        "decay of an average of the weights, which is then what is evaluated and saved; null: none",
         must_be="more than 0 and less than 1",
     )
     sched: Literal["cosine", "tanh", "poly", "multistep"] = _option("cosine", "timm scheduler, stepped every update")
@@ -507,4 +507,5 @@ def _typed(entry: dataclasses.Field, value: Any) -> Any:
 def _check_range(entry: dataclasses.Field, value: Any) -> None:
     must_be = entry.metadata["must_be"]
     if must_be and value is not None and not _RANGES[must_be](value):
-        raise UserError(f"recipe: {entry.name} must be {must_be}, got {value}.")
+        _, null, means = entry.metadata["help"].partition("; null: ")
+        raise UserError(f"recipe: {entry.name} must be {must_be}, got {value}{null}{means}.")

@@ -115,7 +115,7 @@ def test_every_option_is_in_the_help(capsys):
         (dict(model_kwargs=[1]), "model_kwargs must be dict"),
         (dict(pca_noise=-0.1), "pca_noise must be 0 or more, got -0.1"),
         (dict(layer_decay=1), "layer_decay must be more than 0 and less than 1, got 1.0"),
-        (dict(model_ema_decay=0), "model_ema_decay must be more than 0 and less than 1, got 0.0"),
+        (dict(model_ema_decay=0), "model_ema_decay must be more than 0 and less than 1, got 0.0; null: none"),
         (dict(master_weight=1.5), "master_weight must be between 0 and 1, got 1.5"),
         (dict(shared_part_weight=-1), "shared_part_weight must be 0 or more"),
         (
