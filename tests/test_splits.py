@@ -214,7 +214,7 @@ def test_a_split_is_found_under_its_usual_names():
     names = ("train", "training", "test", "testing", "val", "dev", "odd")
     assert [picked(name) for name in names] == ["training", "training", "testing", "testing", "val", "dev", "odd"]
     for name in ("validation", "valid", "tests", "Train"):  # two could be meant, or none
-        with pytest.raises(UserError, match=f"no split '{name}', only training, val, dev, testing, odd: set --split"):
+        with pytest.raises(UserError, match=f"no split '{name}', only training, val, dev, testing, odd: choose"):
             pick_split(splits, name, "--split", "mine")
 
 

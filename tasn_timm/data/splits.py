@@ -11,7 +11,7 @@ from ..errors import UserError
 from .columns import is_stream, standard_columns, with_labels
 from .hub_source import commit_of
 from .sources import BUILT_IN, open_data, quiet
-from .split_names import find_split, wanted_splits
+from .split_names import wanted_splits
 
 if TYPE_CHECKING:
     import datasets
@@ -129,12 +129,7 @@ def pick_split(splits: Splits, split: str, option: str, data: str) -> datasets.D
         UserError: There is no such split; or of one that is not streamed, it is empty, or a label is outside the range
             of the class names.
     """
-    found = find_split(splits, split)
-    if found is None:
-        raise UserError(
-            f"dataset {data!r} has no split {split!r}, only {', '.join(splits)}: set {option} to one of these"
-            f"{', or to null' if option in ('val_split', 'test_split') else ''}."
-        )
+    [found] = wanted_splits(splits, [split], data)
     if not is_stream(splits):
         _check_labels(splits[found], split, option, data)
     return splits[found]
