@@ -144,13 +144,10 @@ def test_idle_parts_say_nothing_of_the_species():
     )
     tails = []
     for seed in range(8):
-        rng = np.random.default_rng(seed)
-        tails.append([int(rng.integers(2)) for _ in hard.idle_parts][1])
+        sketch = birds.sketch(np.random.default_rng(seed), "blue", hard)
+        tails.append(sketch.idle["tail"])
         differing = np.abs(one[seed] - other[seed]).max(-1) > 12
-        rng = np.random.default_rng(seed)
-        rng.integers(2), rng.integers(2)
-        birds._plumage(rng, hard.families["blue"])
-        tail = birds._pose(rng, hard.bird).place(birds.TAIL) * hard.size / painting.SIZE
+        tail = sketch.pose.place(birds.TAIL) * hard.size / painting.SIZE
         (left, top), (right, bottom) = tail.min(0).astype(int), tail.max(0).astype(int)
         assert not differing[top:bottom, left:right].any()
     assert 0 < sum(tails) < 8
@@ -207,9 +204,8 @@ def test_both_forms_have_the_same_area(part):
 def test_families_have_their_own_colour():
     heads, families = [], np.arange(72) % 24 // 8
     for index in range(72):
-        rng = np.random.default_rng([0, synthbirds.SPLIT_NUMBERS["test"], index])
-        birds._plumage(rng, birds.FAMILIES["blue"])
-        x, y = birds._pose(rng, (0.55, 0.75)).place((62, 36)) // 4
+        rng, family, _, variant = synthbirds.specimen("test", index)
+        x, y = birds.sketch(rng, family, variant).pose.place((62, 36)) // 4
         colour = shrink(synthbirds.draw("test", index))[int(y), int(x)]
         heads.append(colour / colour.sum())  # without brightness
     centres = np.array([np.mean(np.array(heads)[families == family], axis=0) for family in range(3)])

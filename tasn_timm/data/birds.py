@@ -124,14 +124,27 @@ class _Pose(NamedTuple):
         return self.origin + points[..., :1] * self.x_axis + points[..., 1:] * self.y_axis
 
 
+class Sketch(NamedTuple):
+    """What is decided of a bird before anything is drawn."""
+
+    idle: dict[str, int]  # form of each idle part
+    plumage: _Colours
+    pose: _Pose
+
+
+def sketch(rng: np.random.Generator, family: str, variant: Variant) -> Sketch:
+    """The first random numbers of `draw_bird`: what says where the parts of a bird are in its picture."""
+    idle = {part: int(rng.integers(2)) for part in variant.idle_parts}
+    return Sketch(idle, _plumage(rng, variant.families[family]), _pose(rng, variant.bird))
+
+
 def draw_bird(rng: np.random.Generator, family: str, word: Word, variant: Variant) -> np.ndarray:
     """Image (size, size, 3) of a species. The random numbers used do not depend on the species.
 
     Everything is placed on `SIZE` x `SIZE`, and `paint` enlarges it to the image.
     """
-    forms = dict(zip(variant.parts, word, strict=True)) | {part: rng.integers(2) for part in variant.idle_parts}
-    plumage = _plumage(rng, variant.families[family])
-    pose = _pose(rng, variant.bird)
+    idle, plumage, pose = sketch(rng, family, variant)
+    forms = dict(zip(variant.parts, word, strict=True)) | idle
     image = _background(rng, variant.size)
     branch, slope = _branch(rng, pose.place((56, 91)))
     paint(image, _foliage(rng, plumage, variant) + branch, scale=2)

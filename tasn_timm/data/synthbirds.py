@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError, unknown
-from .birds import ALL_WORDS, HEAD, Variant, draw_bird
+from .birds import ALL_WORDS, HEAD, Variant, Word, draw_bird
 from .split_names import wanted_splits
 
 if TYPE_CHECKING:
@@ -88,14 +88,20 @@ def draw(split: str, index: int, seed: int = 0, variant: str = "synthbirds") -> 
     Raises:
         ValueError: There is no such variant, split or image.
     """
+    return draw_bird(*specimen(split, index, seed, variant))
+
+
+def specimen(
+    split: str, index: int, seed: int = 0, variant: str = "synthbirds"
+) -> tuple[np.random.Generator, str, Word, Variant]:
+    """What `draw_bird` makes a picture of, see `draw`: random numbers, plumage, form of each part, and variant."""
     chosen = _variant(variant)
     if split not in chosen.splits:
         raise unknown("split", split, chosen.splits)
     if not 0 <= index < chosen.splits[split]:
         raise UserError(f"index {index} is out of range: split {split!r} has images 0 to {chosen.splits[split] - 1}")
-    species = chosen.species
     rng = np.random.default_rng([seed, SPLIT_NUMBERS[split], index, *chosen.key])
-    return draw_bird(rng, *species[index % len(species)], chosen)
+    return rng, *chosen.species[index % len(chosen.species)], chosen
 
 
 def load(

@@ -51,13 +51,8 @@ def at_the_eyes(run: Path) -> tuple[Tensor, Tensor]:
 
 def eye(index: int, variant: str) -> np.ndarray:
     """Where the eye of a validation picture is, x and y in [-1, 1]: drawn again as far as its pose."""
-    chosen = synthbirds.VARIANTS[variant]
-    rng = np.random.default_rng([0, synthbirds.SPLIT_NUMBERS["validation"], index, *chosen.key])
-    family, _ = chosen.species[index % len(chosen.species)]
-    for _ in chosen.idle_parts:
-        rng.integers(2)
-    birds._plumage(rng, chosen.families[family])
-    return birds._pose(rng, chosen.bird).place(birds.EYE) / SIZE * 2 - 1
+    rng, family, _, chosen = synthbirds.specimen("validation", index, variant=variant)
+    return birds.sketch(rng, family, chosen).pose.place(birds.EYE) / SIZE * 2 - 1
 
 
 if __name__ == "__main__":
