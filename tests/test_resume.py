@@ -28,7 +28,7 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from filelock import FileLock
 from loopback_hub import LoopbackHub, connect, go_online
-from training_runs import SCRIPT, SMALL, STEP_3, STEP_4, STEP_6, lines, stream_folder, train_accelerate
+from training_runs import SCRIPT, SMALL, STEP_3, STEP_4, STEP_6, lines, stream_folder, the_error, train_accelerate
 
 from tasn_timm.data.loading import keyed_seed
 from tasn_timm.data.splits import load_splits
@@ -820,6 +820,23 @@ def test_sigterm_to_the_launcher_alone_saves_and_ends_all_processes(recipe, unin
         pass
     assert launcher.returncode == 0 and "processes: 2 (cpu)" in log.read_text(), log.read_text()
     assert outcome(run) == uninterrupted(2, *options)[0]
+
+
+@pytest.mark.slow
+def test_a_launcher_of_one_process_leaves_it_training_and_the_run_is_refused_until_then(recipe, tmp_path):
+    script = [str(SCRIPT), "--recipe", str(recipe), "--output", str(tmp_path / "runs"), "--epochs", "1000"]
+    log = tmp_path / "log"
+    with really([sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", *script], log) as launcher:
+        wait_for_step(log)
+        launcher.terminate()
+        assert launcher.wait(20) == -signal.SIGTERM
+        again = subprocess.run([sys.executable, *script, "--resume", "auto"], capture_output=True, text=True)
+        assert again.returncode == 2 and "is being trained by another process" in the_error(again.stderr)
+        (training,) = mentioning(tmp_path)
+        assert "SIGTERM" not in log.read_text()
+        os.kill(training, signal.SIGTERM)
+    assert "stopped by SIGTERM; --resume auto goes on" in log.read_text()
+    assert newest_step(tmp_path / "runs" / "small") == steps_in(log.read_text()) > 0
 
 
 @pytest.mark.slow
