@@ -133,23 +133,32 @@ class TASNLoss(nn.Module):
         Returns:
             Scalars: "loss" and its parts before `attention_weight`, `part_weight` and lambda: "structure", "detail",
             "soft" and "attention", those that the model has.
+
+        Raises:
+            UserError: The model has other `heads`.
         """
         m = self.master_weight
-        if self.heads == "both" and output.master is output.logits:
-            raise UserError("this model has one pair of classifiers: pass its kind, TASNLoss(heads=model.heads.heads).")
+        if (output.master is not None) != (self.heads == "both"):
+            pairs = "one pair" if output.master is None else "two pairs"
+            raise UserError(
+                f"TASNLoss(heads={self.heads!r}) does not fit a model with {pairs} of classifiers: pass its kind, "
+                f"TASNLoss(heads=model.heads.heads)."
+            )
         losses = dict(attention=self._classify(output.attention, target))
         loss = self.attention_weight * losses["attention"]
+        master = output.logits if output.master is None else output.master
+        shared_part = output.part if output.shared_part is None else output.shared_part
         if output.logits is not None:
             losses["structure"] = (1 - m) * self._classify(output.logits, target)
-            losses["structure"] = losses["structure"] + m * self._classify(output.master, target)
+            losses["structure"] = losses["structure"] + m * self._classify(master, target)
             loss = loss + losses["structure"]
         if output.part is not None:
-            shared, part = (self._classify(logits, target) for logits in (output.shared_part, output.part))
+            shared, part = (self._classify(logits, target) for logits in (shared_part, output.part))
             losses["detail"] = (1 - m) * shared + m * part
             loss = loss + (1 - m) * self.shared_part_weight * shared + m * self.part_weight * part
         if output.logits is not None and output.part is not None:
             teacher = output.part.detach() if self.detach_teacher else output.part
-            student = output.master.repeat(len(teacher) // len(output.master), 1)  # once for every part
+            student = master.repeat(len(teacher) // len(master), 1)  # once for every part
             losses["soft"] = self.soft_scale * soft_target_cross_entropy(student, teacher, self.temperature)
             loss = loss + m * self.soft_weight * losses["soft"]
         return dict(loss=loss, **losses)

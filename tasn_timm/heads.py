@@ -45,13 +45,14 @@ class Heads(nn.Module):
         Returns:
             Logits of the predictor and of the master on the structure image, (B, K), of the part net and of the shared
             classifier on the detail images, (parts * B, K); None for a view that is not there. With "shared" and
-            "separate" the first two are one tensor, and the last two.
+            "separate" the predictor is the master and there is no other classifier of details: the second and the last
+            are None.
         """
         if self.heads == "both":
             return self.shared(structure), self.master(structure), self.part(detail), self.shared(detail)
         student = None if structure is None else self.predictor(structure)
         teacher = None if detail is None else self.get_submodule(HEADS[self.heads][-1])(detail)
-        return student, student, teacher, teacher
+        return student, None, teacher, None
 
 
 @register_notrace_module

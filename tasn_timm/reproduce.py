@@ -168,8 +168,8 @@ def _logits_of_views(model: TASN, pixels: Tensor) -> dict[str, Tensor]:
         parts.append(part)
     return dict(
         prediction=shared,
-        master_on_structure=master,
+        master_on_structure=shared if master is None else master,
         part_on_detail=part,
         part_on_details=torch.stack(parts).mean(0),
-        prediction_on_detail=shared_part,
+        prediction_on_detail=part if shared_part is None else shared_part,
     )

@@ -26,14 +26,14 @@ from .trilinear_attention import TrilinearAttention
 class TASNOutput(NamedTuple):
     """Logits (B, K) of every classifier, as the loss takes them (`distillation.TASNLoss`).
 
-    With heads="shared" or "separate" there are two classifications, not four: master is logits, shared_part is part.
-    With several parts, those of the detail images are (parts * B, K), all images' first part first.
+    With heads="shared" or "separate" each view has one classifier, not two: master and shared_part are None. With
+    several parts, those of the detail images are (parts * B, K), all images' first part first.
     """
 
     logits: Tensor | None  # the prediction: structure image; None with master_net=False
-    master: Tensor | None  # structure image, the student of Eq. 8
+    master: Tensor | None  # structure image, the student of Eq. 8; None where the predicting classifier is
     part: Tensor | None  # detail images, the teacher of Eq. 8; None with part_net=False
-    shared_part: Tensor | None  # detail images, the predicting classifier
+    shared_part: Tensor | None  # detail images, the predicting classifier; None where the teacher is
     attention: Tensor  # the attention net's own classifier
 
 
@@ -286,11 +286,10 @@ class TASN(BackboneClassifier):
 
     def _mean_logits(self, output: TASNOutput) -> Tensor:
         """The mean over all classifiers; the details of an image count as one."""
-        structure = [output.logits, output.master] if self.heads.heads == "both" else [output.logits]
-        detail = [output.part, output.shared_part] if self.heads.heads == "both" else [output.part]
-        means = [logits.unflatten(0, (self.parts, -1)).mean(0) for logits in detail if logits is not None]
-        logits = [logits for logits in structure if logits is not None]
-        return torch.stack([*logits, *means, output.attention]).mean(0)
+        structure = [logits for logits in (output.logits, output.master) if logits is not None]
+        detail = [logits for logits in (output.part, output.shared_part) if logits is not None]
+        means = [logits.unflatten(0, (self.parts, -1)).mean(0) for logits in detail]
+        return torch.stack([*structure, *means, output.attention]).mean(0)
 
 
 def _with_split_bn(backbone: nn.Module, views: int) -> nn.Module:

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 import yaml
 from filelock import FileLock
 from test_evidence import ENVIRONMENT, result
@@ -18,6 +20,7 @@ from training_runs import SCRIPT, SMALL
 
 from tasn_timm import cli, evidence, reproduce
 from tasn_timm.errors import UserError, run_command
+from tasn_timm.heads import HEADS
 
 PLAN = dict(
     common=dict(workers=0),
@@ -267,3 +270,14 @@ def test_a_training_that_fails_is_told_in_its_own_words(tmp_path, image_folder):
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
     assert "broken seed 0: training ended with exit code" in last and "not finite" in last and "log.txt" in last
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_with_one_pair_of_classifiers_the_predicting_ones_are_master_and_part(heads):
+    tiny = dict(backbone="test_resnet", num_classes=5, sample_size=32, attention_net="tiny", heads=heads)
+    model = timm.create_model("tasn", **tiny).eval()
+    model.trilinear_attention.train()
+    torch.manual_seed(0)
+    views = reproduce._logits_of_views(model, torch.randn(2, 3, 64, 64))
+    assert all(logits.shape == (2, 5) for logits in views.values())
+    assert torch.equal(views["master_on_structure"], views["prediction"]) == (heads != "both")
