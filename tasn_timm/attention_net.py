@@ -140,6 +140,20 @@ class AttentionNet(nn.Module):
             else nn.Identity()
         ).train(self.training)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's activations in the backward pass to save memory."""
+        self._model.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that the backbone does not want decayed."""
+        prefix = "trunk." if self._model is self.trunk else "trunk.model."
+        return {f"{prefix}{name}" for name in getattr(self._model, "no_weight_decay", set)()}
+
+    @property
+    def _model(self) -> nn.Module:
+        """What knows of such things: timm's wrapper of features, or the whole model in it (a ViT)."""
+        return getattr(self.trunk, "model", self.trunk)
+
     def _merge(self, stages: list[Tensor]) -> Tensor:
         if not self.reduce:
             return stages[0]

@@ -270,6 +270,15 @@ class TASN(BackboneClassifier):
 
     # Where timm's contract, which `BackboneClassifier` fulfils, has to reach the attention net as well.
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the activations of backbone and attention net in the backward pass to save memory."""
+        super().set_grad_checkpointing(enable)
+        self.attention_net.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that backbone or attention net do not want decayed."""
+        return super().no_weight_decay() | {f"attention_net.{name}" for name in self.attention_net.no_weight_decay()}
+
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:

@@ -456,9 +456,11 @@ def test_every_parameter_has_a_layer_and_those_beside_the_backbone_are_in_the_la
 
 
 def test_no_weight_decay_names_exist():
-    model = TASN(**TINY | dict(backbone="test_vit", sample_size=160))
+    model = TASN(**TINY | dict(backbone="test_vit", attention_backbone="test_vit", sample_size=160))
     names = {name for name, _ in model.named_parameters()}
-    assert model.no_weight_decay() & names == {"backbone.pos_embed", "backbone.cls_token"}
+    both = {f"{net}.{name}" for net in ("backbone", "attention_net.trunk.model") for name in ("pos_embed", "cls_token")}
+    assert model.no_weight_decay() & names == both
+    assert not any(name.startswith("attention_net") for name in tiny().no_weight_decay())
 
 
 def test_gradient_checkpointing_changes_nothing():

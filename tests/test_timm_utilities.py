@@ -274,7 +274,9 @@ def test_a_reparameterized_backbone_gives_the_same_logits():
     torch.testing.assert_close(fused(images()), expected, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("backbone", [RESNET, VIT], ids=lambda backbone: backbone["backbone"])
+@pytest.mark.parametrize(
+    "backbone", [RESNET, VIT, RESNET | dict(attention_backbone="test_vit")], ids=["resnet", "vit", "vit_attention"]
+)
 def test_gradient_checkpointing_leaves_every_gradient_as_it_is(backbone):
     gradients = []
     for enable in (False, True):
@@ -285,7 +287,8 @@ def test_gradient_checkpointing_leaves_every_gradient_as_it_is(backbone):
         torch.manual_seed(2)
         TASNLoss()(model.train()(x), torch.tensor([0, 1, 2]))["loss"].backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    assert model.backbone.grad_checkpointing
+    trunk = model.attention_net.trunk
+    assert model.backbone.grad_checkpointing and getattr(trunk, "model", trunk).grad_checkpointing
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, atol=1e-6, rtol=1e-4, msg=name)
 
