@@ -37,6 +37,7 @@ LITE = dict(attention_net="lite")
 # What a checkpoint says of the first is not meant for another value of the others than its own.
 DEPENDENT = {
     "attention_args": ("attention_net", "attention_backbone"),
+    "attention_affine": ("attention_net", "attention_backbone", "attention_args"),
     "heads": ("master_net", "part_net"),
 }
 

@@ -251,6 +251,16 @@ def test_what_depends_on_another_argument_goes_with_it(arguments):
     assert repr(create("tasn_tiny", **arguments)) == repr(expected)
 
 
+def test_another_attention_net_gets_pictures_normalised_for_itself(monkeypatch):
+    config = CONFIGS[SHIPPED]
+    affine = [[2.0] * 3, [0.0] * 3]  # of the published net's own backbone, as `publish` notes it
+    published = dataclasses.replace(config, model_args=config.model_args | dict(attention_affine=affine))
+    monkeypatch.setitem(CONFIGS, SHIPPED, published)
+    assert create("tasn_tiny").attention_net.input_affine == affine
+    # Whose mean and standard deviation are those of the pictures.
+    assert create("tasn_tiny", attention_backbone="resnet18.a1_in1k").attention_net.input_affine is None
+
+
 def test_the_shipped_checkpoint_depends_on_no_default():
     config, defaults = CONFIGS[SHIPPED].model_args, TASN_DEFAULTS
     elsewhere = {"num_classes", "in_chans", "device", "dtype"}  # the file's own, or pretrained_cfg's
