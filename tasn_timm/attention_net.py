@@ -180,14 +180,21 @@ def attention_layout(name: str, backbone: str | None = None, arguments: dict | N
     Args:
         name: A key of `PRESETS`.
         backbone: timm model in place of the layout's own.
-        arguments: Arguments of `AttentionNet` that go before all this.
+        arguments: Arguments of `AttentionNet` that go before all this. Those of a saved model are complete, and have
+            the name of the layout that they were made of as "layout".
 
     Raises:
-        UserError: Unknown layout or backbone, two backbones, or a backbone that takes none of the input sizes.
+        UserError: Unknown layout or backbone, another layout than a saved model's, two backbones, or a backbone that
+            takes none of the input sizes.
     """
-    arguments = arguments or {}
+    arguments = dict(arguments or {})
     if name not in PRESETS:
         raise unknown("attention_net", name, PRESETS)
+    if (saved := arguments.pop("layout", name)) != name:
+        raise UserError(
+            f"attention_net={name!r} has no effect beside the attention_args of a saved {saved!r} net, which are "
+            f"complete: leave it out, or give attention_args={{}} for a new net."
+        )
     if backbone is None:
         return PRESETS[name] | arguments
     if "backbone" in arguments:

@@ -196,6 +196,6 @@ def _complete_config(model: nn.Module, folder: Path, recipe: str | None, dataset
     arguments.pop("num_classes", None)
     if isinstance(model, TASN):  # every argument of it, so that later layouts cannot change a saved model
         arguments.pop("attention_backbone", None)
-        arguments["attention_args"] = model.attention_layout
+        arguments["attention_args"] = model.attention_layout | dict(layout=arguments["attention_net"])
     config["tasn"] = dict(recipe=recipe, dataset=dataset, sha256=digest(folder / WEIGHTS))
     path.write_text(json.dumps(config, indent=2) + "\n")
