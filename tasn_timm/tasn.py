@@ -245,7 +245,13 @@ class TASN(BackboneClassifier):
         return self.attention_net(self.normalized(resize_image(image, self.attention_net.input_size), image))
 
     def sample(self, image: Tensor) -> Tensor:
-        """The structure-preserved image I_s (B, 3, H', W') of an image (B, 3, H, W), normalised."""
+        """The structure-preserved image I_s (B, 3, H', W') of an image (B, 3, H, W), normalised.
+
+        Raises:
+            UserError: In training mode with split_bn, whose norms tell the views apart by their place in the batch.
+        """
+        if self.split_bn and self.training:
+            raise UserError("split_bn=True trains on structure and detail images together: use evaluation mode here.")
         maps = self.trilinear_attention(self.attention_features(image))
         return self.normalized(self.structure_sampler(image, maps[0]), image)
 
@@ -323,6 +329,7 @@ def _heads_of(master_net: bool, part_net: bool, heads: str | None) -> str:
     if heads not in (None, "shared"):
         missing = "part_net" if master_net else "master_net"
         raise UserError(
-            f"heads={heads!r} has no effect with {missing}=False, which needs one classifier: leave it out."
+            f"heads={heads!r} has no effect with {missing}=False, which needs one classifier: leave it out, or for a "
+            f"saved model, which has it, give heads='shared'."
         )
     return "shared"

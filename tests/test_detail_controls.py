@@ -136,6 +136,14 @@ def test_split_bn_keeps_statistics_of_each_view():
         torch.testing.assert_close(statistics.running_mean, expected)
 
 
+def test_split_bn_takes_no_structure_images_alone_in_training():
+    model = tiny(split_bn=True)
+    for alone in (model.forward_features, model.forward_intermediates, model.sample):
+        with pytest.raises(ValueError, match="split_bn=True trains on structure and detail images together"):
+            alone(images())
+    assert model.eval().forward_features(images()).ndim == 4
+
+
 def test_split_bn_predicts_with_the_structure_image_s_statistics():
     plain, split = tiny().eval(), tiny(split_bn=True).eval()
     state = split.state_dict()
