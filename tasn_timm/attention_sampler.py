@@ -356,6 +356,12 @@ class AttentionSampler(nn.Module):
         if sampler == "attention":
             _check_iterations(iterations, max_zoom)
 
+    @property
+    def has_cap(self) -> bool:
+        """Whether `max_zoom` has an effect: not on the saliency sampler, nor without rounds of clipping."""
+        options = _SAMPLERS[self.sampler].options
+        return "max_zoom" in options and ("iterations" not in options or self.iterations > 0)
+
     def grid(self, attention: Tensor, image_size: tuple[int, int]) -> Tensor:
         """(B, H', W', 2) for maps (B, h, w) over an image of (H, W) pixels."""
         sampler = _SAMPLERS[self.sampler]

@@ -93,7 +93,7 @@ def build_page(model: TASN, title: str, examples: Sequence[str | Path] = ()) -> 
                 classes = gr.Label(num_top_classes=5, label="Most likely classes", show_heading=False)
                 with gr.Row():
                     attention, structure = (_picture(title) for title in ("Where it looks", "What it sees"))
-        cap = gr.Radio(**_cap_choices(model), visible=_has_cap(model))
+        cap = gr.Radio(**_cap_choices(model), visible=model.structure_sampler.has_cap)
         with gr.Column(visible=False) as parts:
             part = gr.Slider(1, PARTS, value=1, step=1, label="Part", info=PART_INFO, interactive=True)
             details = gr.Gallery(
@@ -123,7 +123,7 @@ def _respond(model: TASN, file: str | None, max_zoom: float) -> tuple:
     if file is None:
         return None, None, None, gr.Column(visible=False), gr.skip(), None
     try:
-        found = answer(model, file, max_zoom if _has_cap(model) else None)
+        found = answer(model, file, max_zoom if model.structure_sampler.has_cap else None)
     except UserError as error:
         raise gr.Error(str(error), duration=None, print_exception=False) from error
     count = len(found.details)
@@ -164,7 +164,10 @@ def launch(
     model = load_model(source).to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     check(model)
     for path in examples or ():
-        _photo(Path(path))
+        try:
+            _photo(Path(path))
+        except UserError as error:
+            raise UserError(f"--examples {str(path)!r}: {error}") from error
     with tempfile.TemporaryDirectory() as folder:
         if examples is None:
             examples = _draw_birds(Path(folder)) if trained_on(source) == "synthbirds" else ()
@@ -230,12 +233,6 @@ def _introduction(model: TASN, title: str) -> str:
         f"# What does {title} look at?\n\nIt knows {len(label_names(model))} classes, and gives one of their names to "
         f"any picture. Of {large} pixels it samples {small} for its backbone, most of them where its attention is."
     )
-
-
-def _has_cap(model: TASN) -> bool:
-    """Whether the sampler takes a cap at all."""
-    sampler = model.structure_sampler
-    return sampler.sampler == "uniform" or (sampler.sampler == "attention" and sampler.iterations > 0)
 
 
 def _cap_choices(model: TASN) -> dict:

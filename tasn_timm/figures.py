@@ -198,8 +198,9 @@ def _draw_marginals(axes: dict[str, Axes], model: TASN, gaze: Gaze) -> None:
     raw = axis_densities(view.attention[None], tuple(gaze.pixels.shape[1:]), marginal=sampler.marginal)
     balanced = balance_axes(*raw, sampler.max_zoom, sampler.iterations)
     looked_at = (view.grid[0, :, 0], view.grid[:, 0, 1])
+    cap = sampler.max_zoom if sampler.has_cap else None
     for name, number, of_map, (density,), seen in zip("xy", "12", raw, balanced, looked_at):
-        _draw_density(axes[f"b{number}"], of_map[0], density, sampler.max_zoom, name)
+        _draw_density(axes[f"b{number}"], of_map[0], density, cap, name)
         _draw_integral(axes[f"c{number}"], density, (seen + 1) / 2 * len(density), name)
 
 

@@ -56,7 +56,7 @@ class Gaze:
         details: What its part net was trained on. The paper takes maps at random, of which many are alike; here come
             the image sampled by the strongest map, then those of strong maps that are unlike all before: the highest
             product of mean response and distance (L1, of the maps' shares of their sums). As many as were asked for, or
-            as differ; none for a model without part net.
+            as differ; none for a model that was not trained on details, see `no_details`.
         probabilities: Of the classes, (K,).
     """
 
@@ -121,7 +121,7 @@ def look(model: nn.Module, photo: Image.Image, *, details: int = DETAILS, max_zo
     logits = model.heads(model.embed(model.normalized(structure_sampler(image, structure_map), image)))
     pixels = image[0] / 255  # (3, H, W)
     chosen = []
-    if details and model.part_net:
+    if details and not no_details(model):
         maps = channel_maps(model.trilinear_attention, features)[0].nan_to_num().clamp(min=0)
         chosen = maps[_most_different(maps, details)]
     return Gaze(
@@ -146,6 +146,15 @@ def check(model: nn.Module) -> None:
         raise UserError(f"{name} has no attention to show: give a TASN, such as tasn_tiny or a folder of training.")
     if model.in_chans != 3:
         raise UserError(f"a model of {model.in_chans} channels has no picture to be drawn: it must have 3.")
+
+
+def no_details(model: TASN) -> str | None:
+    """Why there are no detail images to show of a model; None where there are."""
+    if not model.part_net:
+        return "it was trained without a part net"
+    if model.detail_control is not None:
+        return f"its part net was trained on something else in their place (detail_control={model.detail_control!r})"
+    return None
 
 
 def channel_maps(settings: TrilinearAttention, features: Tensor) -> Tensor:
@@ -184,6 +193,9 @@ def _margin(excess: int) -> int:
 
 def _with_cap(sampler: AttentionSampler, max_zoom: float) -> AttentionSampler:
     """The same sampler with another cap; 0 for none."""
+    if not sampler.has_cap:
+        how = f"sampler={sampler.sampler!r}" if sampler.sampler != "attention" else "iterations=0"
+        raise UserError(f"max_zoom={max_zoom} has no effect on a model with {how}: leave it out.")
     names = ("shape", "iterations", "marginal", "sampler", "sigma", "threshold")
     settings = {name: getattr(sampler, name) for name in names}
     return AttentionSampler(sampler.output_size, max_zoom=max_zoom or None, **settings)

@@ -228,7 +228,7 @@ def test_the_environment_says_where_to_listen_as_on_spaces(command, monkeypatch)
     ("arguments", "message"),
     [
         ("tasn_tinny", "did you mean 'tasn_tiny'"),
-        ("tasn_tiny --examples missing.png", "the picture cannot be read (the file does not exist)"),
+        ("tasn_tiny --examples missing.png", "'missing.png': the picture cannot be read (the file does not exist)"),
         (
             "tasn_tiny --port PORT",
             "--port PORT, which is taken or not this machine's: choose another --host or --port.\n",

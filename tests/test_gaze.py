@@ -67,8 +67,12 @@ def test_another_cap_is_that_of_another_model_and_leaves_this_one_alone(model, b
 def test_caps_that_are_none_are_refused(model, bird):
     with pytest.raises(UserError, match="max_zoom must be at least 1, or None for no cap; got 0.5"):
         look(model, bird, max_zoom=0.5)
-    with pytest.raises(UserError, match="max_zoom=2.0 has no effect with sampler='saliency'"):
-        look(create(sampler="saliency"), bird, max_zoom=2.0)
+    for kwargs, setting in ((dict(sampler="saliency"), "sampler='saliency'"), (dict(iterations=0), "iterations=0")):
+        for cap in (0, 2.0, 4.0):
+            with pytest.raises(
+                UserError, match=f"max_zoom={cap} has no effect on a model with {setting}"
+            ):
+                look(create(**kwargs), bird, max_zoom=cap)
 
 
 @torch.inference_mode()
@@ -98,8 +102,9 @@ def test_as_many_details_as_differ_and_none_without_mass():
     assert _most_different(torch.zeros(3, 4, 4), 2) == [0]
 
 
-def test_a_model_without_part_net_has_no_details(bird):
-    assert look(create(part_net=False), bird).details == []
+@pytest.mark.parametrize("kwargs", [dict(part_net=False), dict(detail_control="box")], ids=str)
+def test_a_model_that_was_not_trained_on_details_has_none(bird, kwargs):
+    assert look(create(**kwargs), bird).details == []
     assert look(create(), bird, details=0).details == []
 
 

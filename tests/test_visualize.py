@@ -139,6 +139,13 @@ def test_figure_4_shows_marginals_integrals_and_points(model, gaze):
     assert torch.equal(shown(axes["(e) sampled image"]), gaze.structure.pixels)
 
 
+def test_figure_4_draws_the_cap_that_there_is(gaze):
+    for iterations, expected in ((5, ["max_zoom 4"]), (0, [])):
+        model = create(iterations=iterations)
+        axes = by_title(sampling_figure(model, look(model, gaze.photo)))["(b1) marginal over x"]
+        assert [text.get_text() for text in axes.texts] == expected
+
+
 @pytest.mark.parametrize("sampler", ["saliency", "uniform"])
 def test_samplers_without_marginals_have_the_rest_of_figure_4(sampler, gaze):
     model = create(sampler=sampler)
@@ -276,11 +283,11 @@ def test_dollars_in_names_are_no_formulas(visualize, bird, tmp_path, figure):
 def test_what_a_model_does_not_have_is_said(visualize, bird, saved):
     folder = saved(part_net=False, sampler="saliency")
     code, out, _ = visualize(folder, bird)
-    assert code == 0 and "without detail images: the model was trained without a part net" in out
+    assert code == 0 and "without detail images of the model: it was trained without a part net" in out
     code, out, _ = visualize(folder, bird, "--figure", "sampling")
     assert code == 0 and "without (b) and (c): the saliency sampler has no marginals" in out
     code, _, err = visualize(folder, bird, "--parts", "2")
-    assert code == 2 and "has no part net, so no detail images: leave it out" in err
+    assert code == 2 and "has no detail images: it was trained without a part net. Leave it out" in err
 
 
 def test_a_missing_name_of_a_class_is_told(visualize, bird, saved, monkeypatch):

@@ -90,23 +90,22 @@ def _draw_curves(run: Path) -> Figure:
 
 def _draw_pictures(options: argparse.Namespace) -> Figure:
     from ..figures import attention_figure, channels_figure, sampling_figure
-    from ..gaze import DETAILS, check, look
+    from ..gaze import DETAILS, check, look, no_details
     from ..hub import load_model
 
     photos = [_read(path) for path in options.pictures]
     model = load_model(options.model)
     check(model)
-    if options.parts and not model.part_net:
-        raise UserError(
-            f"--parts {options.parts}: {options.model!r} has no part net, so no detail images: leave it out."
-        )
+    why_not = no_details(model)
+    if options.parts and why_not:
+        raise UserError(f"--parts {options.parts}: {options.model!r} has no detail images: {why_not}. Leave it out.")
     parts = DETAILS if options.parts is None else options.parts
     gazes = [look(model, photo, details=parts if options.figure == "attention" else 0) for photo in photos]
     captions = [_caption(model, gaze, path) for gaze, path in zip(gazes, options.pictures)]
     print("\n".join(captions))
     if options.figure == "attention":
-        if not model.part_net:
-            print("without detail images: the model was trained without a part net")
+        if why_not:
+            print(f"without detail images of the model: {why_not}")
         return attention_figure(gazes, captions)
     if options.figure == "channels":
         return channels_figure(model, gazes[0], options.seed or 0)
