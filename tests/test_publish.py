@@ -319,6 +319,17 @@ def test_a_licence_that_the_hub_does_not_know_is_refused_before_anything_is_aske
     assert not hub.requests
 
 
+def test_what_was_trained_from_nothing_has_no_licence_but_its_author_s(hub, command, run):
+    cfg = timm.get_pretrained_cfg("test_resnet")
+    assert cfg.license, "of weights that this run did not start from"
+    code, _, err = command(run, "--repo", "me/birds")
+    assert code == 0, err
+    files = hub.repo("me/birds", "model").find().files
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.license is None and "nobody stated a licence" in card.text
+    assert not json.loads(files["config.json"])["pretrained_cfg"].get("license")
+
+
 def test_the_licence_of_weights_has_its_own_name_where_the_hub_has_none(hub, command, run):
     config = json.loads((run / "best/config.json").read_text())
     config["pretrained_cfg"]["license"] = "seer-license"

@@ -81,6 +81,8 @@ def build_model(recipe: Recipe, classes: int) -> nn.Module:
         )
     if recipe.initial_checkpoint is not None:
         start_from(model, Path(recipe.initial_checkpoint))
+    if not recipe.pretrained or recipe.initial_checkpoint is not None:
+        model.pretrained_cfg["license"] = None  # timm's is of weights that this model did not start from
     if recipe.sync_bn and getattr(model, "split_bn", False):
         raise UserError("sync_bn would take the place of split_bn's norms: leave out one of them.")
     if recipe.sync_bn:
