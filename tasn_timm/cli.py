@@ -1,6 +1,7 @@
 """python -m tasn_timm COMMAND."""
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -79,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run, parser=command)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as standard error: names of files need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] if arguments is None else arguments
     options, unknown = parser.parse_known_args(arguments)
     if strange := [each for each in unknown if each.startswith("-")]:

@@ -32,7 +32,8 @@ def write_whole(path: Path, content: str | bytes, option: str) -> None:
         UserError: It cannot be written.
     """
     with completing(path, option) as aside:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        # Names of files may have bytes that are no UTF-8; these become escapes, in JSON valid ones.
+        aside.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager

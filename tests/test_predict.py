@@ -201,6 +201,18 @@ def test_standard_output_can_be_json_or_csv_alone(command, folder, photos):
     assert code == 0 and len(list(csv.DictReader(io.StringIO(out)))) == 4
 
 
+def test_file_names_need_not_be_utf_8(command, folder, tmp_path):
+    """Old archives have such names; the whole folder's predictions would be lost."""
+    picture = tmp_path / os.fsdecode(b"gr\xfcn.png")
+    noise(0).save(picture)
+    code, out, err = command(folder, picture, "--json", tmp_path / "all.json", "--csv", tmp_path / "all.csv")
+    assert code == 0, err
+    assert "gr\\udcfcn.png" in out
+    (prediction,) = json.loads((tmp_path / "all.json").read_text())["pictures"]
+    assert prediction["file"] == str(picture)
+    assert "gr\\udcfcn.png" in (tmp_path / "all.csv").read_text()
+
+
 def test_unreadable_files_are_reported_and_end_with_2(command, folder, photos, tmp_path):
     (tmp_path / "text.jpg").write_text("hello")
     code, out, err = command(folder, tmp_path, photos / "a.png", "--topk", 1, "--csv", tmp_path / "x.csv")
