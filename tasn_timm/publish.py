@@ -4,37 +4,28 @@ import difflib
 import json
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import CommitInfo, HfApi, constants
-from huggingface_hub.errors import (
-    HFValidationError,
-    HTTPError,
-    LocalTokenNotFoundError,
-    RepositoryNotFoundError,
-)
-from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from torch import nn
 
 from .card import LICENSE_PAGE, LICENSES, Context, Measured, model_card
-from .data.decoding import UnreadableImage, decode
+from .data.decoding import UnreadableImage
 from .data.synthbirds import draw
 from .errors import UserError, unknown
 from .finished_run import FinishedRun
 from .hub import load_model
 from .hub_config import HUB_CONFIGS, PICTURE, HubConfig, Training
-from .hub_errors import LOG_IN, UNKNOWN_TOKEN, Unreachable, problem, reason_of, status_of
+from .hub_write import REPO, writing
+from .predict import load_picture
 from .recipe import save_recipe
 from .tasn import TASN
 from .visualize import attention_panels
 from .weights import CONFIG, WEIGHTS
 
-REPO = re.compile(r"[\w.-]+/[\w.-]+")
 FIGURE = "attention.png"
 
 
@@ -107,39 +98,14 @@ class Published(NamedTuple):
         return f"hf-hub:{self.repo}@{self.tag}"
 
 
-def check_names(repo: str, license: str | None) -> None:
-    """Check what the Hub would refuse, without asking it.
+def check_license(license: str | None) -> None:
+    """Check a licence; None for that of the weights from which a model started.
 
     Raises:
-        UserError: It is no name of a repository, or no licence that the Hub knows.
+        UserError: The Hub does not know it.
     """
-    if not REPO.fullmatch(repo):
-        raise UserError(f"--repo must be USER/NAME, got {repo!r}.")
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise UserError(f"--repo must be USER/NAME, got {repo!r}: {error}") from error
     if license is not None and license not in LICENSES:
         raise UserError(f"{unknown('license', license, LICENSES)} Take one of {LICENSE_PAGE}, or other.")
-
-
-def check_login(repo: str, private: bool) -> None:
-    """Check that somebody is logged in, and what of the repository can be known before.
-
-    Raises:
-        UserError: Nobody is, or the repository is public although it should be private.
-    """
-    with _telling(repo, "checked"):
-        try:
-            HfApi().whoami()
-        except LocalTokenNotFoundError as error:
-            raise UserError(f"nobody is logged in to the Hub: {LOG_IN}.") from error
-        try:
-            public = not HfApi().model_info(repo).private
-        except RepositoryNotFoundError:
-            return
-    if private and public:
-        raise UserError(f"{repo} exists and is public: leave out --private, or publish to another one.")
 
 
 def upload(folder: Path, repo: str, private: bool, title: str) -> Published:
@@ -158,7 +124,7 @@ def upload(folder: Path, repo: str, private: bool, title: str) -> Published:
         UserError: The Hub refuses, does not answer, or somebody else has made a commit meanwhile.
     """
     api = HfApi()
-    with _telling(repo, "published"):
+    with writing("model", repo, "published"):
         api.create_repo(repo, private=private, exist_ok=True)
         before = api.model_info(repo).sha
         commit: CommitInfo = api.upload_folder(
@@ -222,7 +188,7 @@ def _draw(model: nn.Module, run: FinishedRun, example: Path | None, target: Path
     if example is None and run.recipe.data != "synthbirds":
         return None
     try:
-        picture = decode(dict(bytes=None, path=str(example))) if example else Image.fromarray(draw("test", 0))
+        picture = load_picture(example) if example else Image.fromarray(draw("test", 0))
     except UnreadableImage as error:
         raise UserError(f"--example {str(example)!r} cannot be read as a picture: {error}.") from error
     attention_panels(model, picture).save(target / FIGURE, optimize=True)
@@ -231,35 +197,3 @@ def _draw(model: nn.Module, run: FinishedRun, example: Path | None, target: Path
 
 def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _telling(repo: str, what: str) -> Iterator[None]:
-    """Tell in one line what the Hub refuses, and what failed and may work when it is tried again."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, HTTPError, ValueError, RuntimeError) as error:
-        raise _refusal(repo, what, error) or _failure(repo, what, error) from error
-
-
-def _refusal(repo: str, what: str, error: Exception) -> UserError | None:
-    status = status_of(error)
-    if status == 401 or isinstance(error, UnicodeEncodeError):  # which no token of the Hub would cause
-        return UserError(UNKNOWN_TOKEN)
-    if status == 403:
-        return UserError(
-            f"the Hub does not let you write to {repo}: use a repository of your own, and a token that may write."
-        )
-    if status in (400, 404, 409, 413, 422):
-        return UserError(f"{repo} could not be {what}: {reason_of(error)}")
-    if isinstance(error, ValueError):  # of the client, which has checked what it was given, the card with the Hub
-        return UserError(f"{repo} could not be {what}: {' '.join(str(error).split())}")
-    return None
-
-
-def _failure(repo: str, what: str, error: Exception) -> UserError:
-    told = problem("model", repo, error)
-    reason = told if isinstance(told, Unreachable) else reason_of(error)
-    return UserError(f"{repo} could not be {what}: {reason}. Run the same command again.")

@@ -69,9 +69,7 @@ def test_caps_that_are_none_are_refused(model, bird):
         look(model, bird, max_zoom=0.5)
     for kwargs, setting in ((dict(sampler="saliency"), "sampler='saliency'"), (dict(iterations=0), "iterations=0")):
         for cap in (0, 2.0, 4.0):
-            with pytest.raises(
-                UserError, match=f"max_zoom={cap} has no effect on a model with {setting}"
-            ):
+            with pytest.raises(UserError, match=f"max_zoom={cap} has no effect on a model with {setting}"):
                 look(create(**kwargs), bird, max_zoom=cap)
 
 

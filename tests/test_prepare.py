@@ -799,8 +799,9 @@ def hub(monkeypatch):
     asked = []
 
     def connect(**settings):
-        monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub(asked, **settings))
-        monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_SECRET")
+        for place in ("huggingface_hub", "tasn_timm.hub_write"):
+            monkeypatch.setattr(f"{place}.HfApi", lambda: Hub(asked, **settings))
+        monkeypatch.setattr("tasn_timm.hub_errors.get_token", lambda: "hf_SECRET")
         return asked
 
     return connect
@@ -836,16 +837,21 @@ def test_push_takes_only_a_finished_folder_of_the_same_dataset(command, hub, tmp
 @pytest.mark.parametrize(
     "repo, settings, text",
     [
-        ("birds", {}, "--push takes USER/NAME, got 'birds'."),
-        ("you/birds", {}, "--push you/birds: you are logged in as me; push to me or lab."),
-        ("me/birds", dict(role="read"), "your token may only read; log in with one that may write"),
+        ("birds", {}, "--push must be USER/NAME, got 'birds'."),
+        ("me/a--b", {}, "--push must be USER/NAME, got 'me/a--b': Cannot have -- or .. in repo_id"),
+        ("you/birds", {}, "write to you/birds: you are logged in as me, so give a repository of me or lab."),
+        ("me/birds", dict(role="read"), "your token may only read, so log in with one that may write"),
         ("me/birds", dict(exists="public"), "dataset me/birds exists and is public: add --public, or push to another"),
         (
             "me/birds",
             dict(fails="whoami", error=LocalTokenNotFoundError("Token is required,\nbut no token found")),
-            "asking the Hub who is logged in failed (Token is required, but no token found): see that you are online",
+            "nobody is logged in to the Hub: log in with hf auth login",
         ),
-        ("me/birds", dict(fails="repo_exists", error=ConnectionError("no route")), "failed (no route): see that"),
+        (
+            "me/birds",
+            dict(fails="repo_exists", error=ConnectionError("no route")),
+            "could not be checked: the Hub cannot be reached (no route)",
+        ),
     ],
 )
 def test_the_login_is_checked_before_any_work(repo, settings, text, command, hub, tmp_path):
@@ -870,7 +876,7 @@ def test_a_failed_upload_is_one_line_without_the_token_and_can_be_repeated(comma
     facts, archives = cub().write(tmp_path / "downloads")
     given = ["--out", tmp_path / "cub", "--push", "me/birds"]
     code, printed, err = command(facts, "--archive", *archives, *given)
-    assert code == 2 and "to me/birds failed (Illegal header value b'Bearer ***'): see that" in err
+    assert code == 2 and "me/birds could not be uploaded: Illegal header value b'Bearer ***'. Run the same" in err
     assert "SECRET" not in printed + err
     hub()
     assert command(facts, *given)[0] == 0

@@ -10,15 +10,9 @@ or folders that they were unpacked to.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..errors import UserError
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
 
 SUMMARY = "turn official archives of a dataset into parquet files"
 EXAMPLES = """examples:
@@ -60,59 +54,36 @@ def run(options: argparse.Namespace) -> None:
         names = " ".join(archive.name for archive in official.archives)
         folder = f"; {str(out)!r} holds nothing to push" if options.push else ""
         raise UserError(f"prepare {official.name} needs its archives{folder}: give --archive {names}.")
-    api = _log_in(options.push, options.public) if options.push else None
-
+    if options.push:
+        _log_in(options.push, options.public)
     if options.archive:
         prepare(official, options.archive, out)
         counts = " and ".join(f"{count} {split}" for split, count in official.images.items())
         print(f"{out}: {official.title}, {counts} images of {official.classes} classes")
-    if api:
-        commit = _upload(api, out, options.push, options.public, official.title)
+    if options.push:
+        commit = _upload(out, options.push, options.public, official.title)
         print(f"pushed: --data {options.push}@{commit}")
     print(f"train with: accelerate launch train_accelerate.py --recipe {official.recipe} --data {out}")
 
 
-@contextmanager
-def _hub_errors(doing: str) -> Iterator[None]:
-    from huggingface_hub import get_token
-    from huggingface_hub.errors import HTTPError
+def _log_in(repo: str, public: bool) -> None:
+    from ..hub_write import check_login, check_repo
 
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, HTTPError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        reason = reason.replace(get_token() or "\n", "***")  # some errors quote the request's headers
-        raise UserError(f"{doing} failed ({reason}): see that you are online and logged in (hf auth login).") from error
+    check_repo(repo, "--push")
+    private = check_login("dataset", repo)
+    if private is not None and private == public:
+        is_now, do = ("private", "leave out --public") if private else ("public", "add --public")
+        raise UserError(f"dataset {repo} exists and is {is_now}: {do}, or push to another name.")
 
 
-def _log_in(repo: str, public: bool) -> HfApi:
-    """Find out before hours of work whether somebody may write to a repository."""
+def _upload(folder: Path, repo: str, public: bool, title: str) -> str:
+    """Upload a prepared folder and return the commit; after an interruption, what is there already is left out."""
     from huggingface_hub import HfApi
 
-    owner, _, name = repo.partition("/")
-    if not owner or not name or "/" in name:
-        raise UserError(f"--push takes USER/NAME, got {repo!r}.")
+    from ..hub_write import writing
+
     api = HfApi()
-    with _hub_errors("asking the Hub who is logged in"):
-        user = api.whoami()
-        owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
-        if owner not in owners:
-            raise UserError(f"--push {repo}: you are logged in as {user['name']}; push to {' or '.join(owners)}.")
-        if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-            raise UserError(f"--push {repo}: your token may only read; log in with one that may write (hf auth login).")
-        if api.repo_exists(repo, repo_type="dataset"):
-            private = api.repo_info(repo, repo_type="dataset").private
-            if private == public:
-                is_now, do = ("private", "leave out --public") if private else ("public", "add --public")
-                raise UserError(f"dataset {repo} exists and is {is_now}: {do}, or push to another name.")
-    return api
-
-
-def _upload(api: HfApi, folder: Path, repo: str, public: bool, title: str) -> str:
-    """Upload a prepared folder and return the commit; after an interruption, what is there already is left out."""
-    with _hub_errors(f"uploading {str(folder)!r} to {repo}"):
+    with writing("dataset", repo, "uploaded"):
         api.create_repo(repo, repo_type="dataset", private=not public, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo,

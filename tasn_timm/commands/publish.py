@@ -33,10 +33,12 @@ def run(options: argparse.Namespace) -> None:
     from .. import publish
     from ..finished_run import read_run
     from ..hub_config import HUB_CONFIGS
+    from ..hub_write import check_login, check_repo
 
-    publish.check_names(options.repo, options.license)
-    if not options.dry_run:
-        publish.check_login(options.repo, options.private)
+    check_repo(options.repo, "--repo")
+    publish.check_license(options.license)
+    if not options.dry_run and check_login("model", options.repo) is False and options.private:
+        raise UserError(f"{options.repo} exists and is public: leave out --private, or publish to another repository.")
     finished = read_run(options.run_dir)
     config = publish.config_of(finished)
     if options.write_config and config is None:

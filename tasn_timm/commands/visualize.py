@@ -115,10 +115,11 @@ def _draw_pictures(options: argparse.Namespace) -> Figure:
 
 
 def _read(path: Path) -> Image.Image:
-    from ..data.decoding import UnreadableImage, decode
+    from ..data.decoding import UnreadableImage
+    from ..predict import load_picture
 
     try:
-        return decode(dict(bytes=None, path=str(path)))
+        return load_picture(path)
     except UnreadableImage as error:
         raise UserError(f"picture {str(path)!r} cannot be read ({error}): give another one.") from error
 
