@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-import timm
 from timm.layers import to_2tuple
 from timm.models import (
     DefaultCfg,
@@ -17,13 +16,13 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
-from torch import Tensor, nn
 
 from .attention_net import PRESETS, backbone_cfg
 from .classifier import SECOND_ORDER, BackboneClassifier
 from .errors import UserError
 from .hub_config import HUB_CONFIGS, HubConfig
-from .tasn import TASN, structure_norm
+from .starting_point import starting_state, weights_filter, weights_source
+from .tasn import TASN
 from .weights import check, weights_in, weights_on_hub
 
 __all__: list[str] = []  # timm adds the registered names
@@ -110,7 +109,7 @@ def _create_tasn(variant: str, pretrained: bool, backbone: str, defaults: dict |
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     # A saved model says everything in its own config, whatever tag it started from.
     config = None if cfg.source else CONFIGS.get(f"{variant}.{cfg.tag}")
-    if pretrained and config and not _source(vars(cfg)):
+    if pretrained and config and not weights_source(vars(cfg)):
         raise _unpublished(config)
     own = (defaults or {}) | (_arguments_of_tag(config, kwargs) if config else {})
     arguments = own | kwargs
@@ -159,7 +158,7 @@ def _renormalization(
     None where nothing changes, or nothing is known: a backbone without weights, or images that are not RGB.
     """
     mean, std = tuple(cfg.mean), tuple(cfg.std)
-    if (mean, std) == (own.mean, own.std) or not _source(vars(own)) or in_chans != len(mean):
+    if (mean, std) == (own.mean, own.std) or not weights_source(vars(own)) or in_chans != len(mean):
         return None
     scale = tuple(given / wanted for given, wanted in zip(std, own.std))
     shift = tuple((given - wanted) / by for given, wanted, by in zip(mean, own.mean, own.std))
@@ -167,9 +166,15 @@ def _renormalization(
 
 
 def _build(cls: type[BackboneClassifier], variant: str, pretrained: bool, **kwargs) -> BackboneClassifier:
+    """Build a model as timm does, with one of three kinds of weights.
+
+    - None, without `pretrained`.
+    - Those of a trained model of ours: checked before anything is built, then loaded by timm.
+    - Those of its backbones, each from its own repository or file: a starting point.
+    """
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    source = _source(vars(cfg))
-    untouched = source == _source(_weights_cfg(kwargs["backbone"]))
+    source = weights_source(vars(cfg))
+    untouched = source == weights_source(_weights_cfg(kwargs["backbone"]))
     # What is sure to be a backbone's is left to timm, whose loaders know its format. Elsewhere the keys tell.
     starts = pretrained and (untouched or "custom_load" in source)
     cache_dir = kwargs.get("cache_dir")
@@ -182,7 +187,7 @@ def _build(cls: type[BackboneClassifier], variant: str, pretrained: bool, **kwar
         variant,
         pretrained and not starts,
         feature_cfg=dict(out_indices=None, feature_cls="getter"),
-        pretrained_filter_fn=partial(_weights_filter, cache_dir=cache_dir),
+        pretrained_filter_fn=partial(weights_filter, cache_dir=cache_dir),
         **kwargs,
     )
     classifier = getattr(model, "model", model)  # features_only=True wraps it
@@ -190,7 +195,7 @@ def _build(cls: type[BackboneClassifier], variant: str, pretrained: bool, **kwar
         model.pretrained_cfg.pop("file")
         model.pretrained_cfg.update({key: getattr(cfg, key) for key in SOURCE if getattr(cfg, key)})
     if starts:
-        classifier.load_state_dict(_starting_state(classifier, {} if untouched else source, cache_dir))
+        classifier.load_state_dict(starting_state(classifier, {} if untouched else source, cache_dir))
     # The names depend on the backbone, so the generic entries' cfgs do not have them.
     if not model.pretrained_cfg.get("first_conv"):
         model.pretrained_cfg["first_conv"] = classifier._traits["first_conv"]
@@ -204,75 +209,12 @@ def _checked_weights(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Path |
     if cfg.source == "hf-hub":
         return weights_on_hub(cfg.hf_hub_id, cache_dir=cache_dir)
     config = CONFIGS.get(f"{cfg.architecture}.{cfg.tag}")
-    if config is None or _source(vars(cfg)) != _source(default_cfg(config)):
+    if config is None or weights_source(vars(cfg)) != weights_source(default_cfg(config)):
         return None
     if config.tasn.repo_id:
         return weights_on_hub(cfg.hf_hub_id, config.tasn.sha256, cache_dir)
     check(Path(cfg.file), config.tasn.sha256)
     return Path(cfg.file)
-
-
-def _source(cfg: dict) -> dict:
-    """Where the weights of a cfg are, and whether they need a loader of their own."""
-    keys = ("state_dict", "file", "hf_hub_id", "hf_hub_filename", "url", "custom_load")
-    return {key: cfg[key] for key in keys if cfg.get(key)}
-
-
-def _weights_filter(
-    state_dict: dict[str, Tensor], model: BackboneClassifier, cache_dir: str | Path | None
-) -> dict[str, Tensor]:
-    """Weights of one of our models as they are; weights of its backbone alone become a starting point."""
-    if any(key.startswith("backbone.") for key in state_dict):
-        return state_dict
-    return _starting_state(model, dict(state_dict=state_dict), cache_dir)
-
-
-def _starting_state(model: BackboneClassifier, source: dict, cache_dir: str | Path | None) -> dict[str, Tensor]:
-    """State of a model whose backbones have their pretrained weights, and all else is new.
-
-    New are the classifiers, the dilated convolutions and the second-order pooling. The weights of the attention net's
-    backbone come from its own repository.
-
-    Args:
-        model: As created, without weights.
-        source: What `_source` says of the backbone's weights; empty for those of its own repository.
-        cache_dir: For downloads.
-    """
-    parts = {"backbone.": (model.backbone, source)}
-    if isinstance(model, TASN):
-        parts["attention_net.trunk."] = (model.attention_net.trunk, {})
-    for part, given in parts.values():  # before any download
-        if not (given or _source(part.pretrained_cfg)):
-            presets = ", ".join(key for key in PRESETS if key != "tiny")
-            role = "backbone" if part is model.backbone else "backbone of the attention net"
-            instead = "a backbone" if part is model.backbone else f"an attention_net ({presets})"
-            raise UserError(
-                f"there are no pretrained weights for {_name(part)}, the {role}: use pretrained=False, or {instead} "
-                f"with weights."
-            )
-    start = model.state_dict()
-    for prefix, (part, given) in parts.items():
-        pretrained = _pretrained_state(part, given, cache_dir)
-        # Without a head that was removed; the details' own norms of split_bn start as those of the structure image.
-        start |= {prefix + key: pretrained[structure_norm(key)] for key in part.state_dict()}
-    return start
-
-
-def _pretrained_state(part: nn.Module, source: dict, cache_dir: str | Path | None) -> dict[str, Tensor]:
-    """What timm makes of a backbone's weights: resized, renamed and adapted for its arguments."""
-    try:
-        twin = timm.create_model(
-            _name(part), pretrained=True, pretrained_cfg_overlay=source, cache_dir=cache_dir, **part._model_args
-        )
-    except OSError as error:  # no such file, repository or network
-        reason = " ".join(str(error).split())
-        raise UserError(f"the pretrained weights of {_name(part)} cannot be read: {reason}") from error
-    return twin.state_dict()
-
-
-def _name(part: nn.Module) -> str:
-    cfg = part.pretrained_cfg
-    return f"{cfg['architecture']}.{cfg['tag']}" if cfg.get("tag") else cfg["architecture"]
 
 
 @register_model
