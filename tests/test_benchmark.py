@@ -352,9 +352,9 @@ def test_other_errors_are_not_hidden():
     "arguments, message",
     [
         ("resnet_50", "unknown timm model 'resnet_50': did you mean 'resnet50'"),
-        ("tasn_tiny --batch-size 4 0", "--batch-size must be 1 or more, got 0"),
-        ("tasn_tiny --rounds 0", "--rounds must be 1 or more, got 0"),
-        ("tasn_tiny --threads 0", "--threads must be 1 or more, got 0"),
+        ("tasn_tiny --batch-size 4 0", "--batch-size: must be a whole number, 1 or more, got '0'"),
+        ("tasn_tiny --rounds 0", "--rounds: must be a whole number, 1 or more, got '0'"),
+        ("tasn_tiny --threads 0", "--threads: must be a whole number, 1 or more, got '0'"),
         ("tasn_tiny --max-seconds nan", "--max-seconds must be more than 0, got nan"),
         ("tasn_tiny --device tpu", "--device must be cpu, cuda or cuda:N, got 'tpu'"),
         ("tasn_tiny --device cuda:99", "--device cuda:99 is not there"),

@@ -387,7 +387,7 @@ def test_json_is_written_whole_or_not_at_all(command, photos, tmp_path, monkeypa
     ("arguments", "message"),
     [
         (["nowhere"], "unknown dataset 'nowhere'"),
-        (["{photos}", "--workers", "-1"], "--workers must be 0 or more, got -1"),
+        (["{photos}", "--workers", "-1"], "--workers: must be a whole number, 0 or more, got '-1'"),
         (["{photos}", "--json", "{photos}"], "is a folder"),
         (["{photos}", "--json", "{photos}/no/x.json"], "cannot be written"),
         (["{photos}", "--json", "{photos}/test/ant/0.jpg/x.json"], "cannot be written"),

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from tasn_timm import cli, errors
+from tasn_timm.commands import at_least
 from tasn_timm.data import synthbirds
 from tasn_timm.errors import Interrupted, NumericalError, UserError, run_command
 from tasn_timm.files import check_outputs, csv_text, write_text, write_whole
@@ -50,8 +51,8 @@ def test_options_have_one_meaning_and_a_text(name):
         "--csv": Path,
         "--confusions": Path,
         "--panel": Path,
-        "--workers": int,
-        "--batch-size": int,
+        "--workers": at_least(0),
+        "--batch-size": at_least(1),
     }
     parser = cli._Parser()
     cli.COMMANDS[name].add_arguments(parser)

@@ -178,8 +178,8 @@ def test_a_recipe_that_makes_no_sense_is_told_before_anything_is_run(here, train
     ("arguments", "message"),
     [
         (["thre"], "unknown table 'thre'"),
-        (["--jobs", "0"], "--jobs must be 1 or more, got 0."),
-        (["--seeds", "1", "1"], "--seeds must be different numbers from 0 on, got 1 1."),
+        (["--jobs", "0"], "--jobs: must be a whole number, 1 or more, got '0'"),
+        (["--seeds", "1", "1"], "--seeds must be different, got 1 1."),
         (["--script", "nowhere.py"], "there is no training script 'nowhere.py'"),
         (["--results", "plan.yaml"], "folder 'plan.yaml' cannot be made"),
         (["--runs", "plan.yaml/x"], "folder 'plan.yaml/x' cannot be made"),

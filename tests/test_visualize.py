@@ -319,7 +319,7 @@ def test_self_attention_has_no_channels_to_compare(visualize, bird, saved):
         ("tasn_tiny BIRD --figure sampling --parts 2", "--parts has no effect with --figure sampling"),
         ("tasn_tiny BIRD --seed 2", "--seed has no effect with --figure attention"),
         ("tasn_tiny BIRD --parts 9", "--parts must be 0 to 8, got 9."),
-        ("tasn_tiny BIRD --figure channels --seed -1", "--seed must be 0 or more, got -1."),
+        ("tasn_tiny BIRD --figure channels --seed -1", "--seed: must be a whole number, 0 or more, got '-1'"),
         ("tasn_tiny missing.png", "picture 'missing.png' cannot be read (the file does not exist): give another one."),
         ("tasn_tiny TEXT", "cannot be read (not an image"),
         ("tasn_tinny BIRD", "did you mean 'tasn_tiny'"),

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..files import STDOUT, check_outputs, write_text
 from ..tables import table
+from . import at_least
 
 if TYPE_CHECKING:
     from ..benchmark import Machine
@@ -44,14 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     add = parser.add_argument
     add("models", metavar="MODEL", nargs="+", help="name of a timm model, these here or others")
-    add("--batch-size", type=int, nargs="+", metavar="B", help="pictures at once (default: 1 8)")
+    add("--batch-size", type=at_least(1), nargs="+", metavar="B", help="pictures at once (default: 1 8)")
     add("--precision", nargs="+", choices=["fp32", "bf16", "fp16"], default=["fp32"], help="bf16, fp16 by autocast")
     add("--mode", nargs="+", choices=["inference", "training"], help="what to time (default: both; plot: inference)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    add("--threads", type=int, metavar="N", help="of a CPU (default: as many as PyTorch takes)")
+    add("--threads", type=at_least(1), metavar="N", help="of a CPU (default: as many as PyTorch takes)")
     add("--channels-last", action="store_true", help="memory format of weights and pictures")
     add("--compile", action="store_true", help="with torch.compile, which takes a while for each batch size")
-    add("--rounds", type=int, default=11, help="how often each is timed at most (default: %(default)s)")
+    add("--rounds", type=at_least(1), default=11, help="how often each is timed at most (default: %(default)s)")
     add("--max-seconds", type=float, default=10, help="of rounds for each model and setting (default: %(default)s)")
     add(
         "--json",
@@ -84,11 +85,6 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name, values in (("--batch-size", options.batch_size or []), ("--rounds", [options.rounds])):
-        if min(values, default=1) < 1:
-            raise UserError(f"{name} must be 1 or more, got {min(values)}.")
-    if options.threads is not None and options.threads < 1:
-        raise UserError(f"--threads must be 1 or more, got {options.threads}.")
     if not options.max_seconds > 0:
         raise UserError(f"--max-seconds must be more than 0, got {options.max_seconds}.")
     if options.plot:

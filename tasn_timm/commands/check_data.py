@@ -12,6 +12,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..files import STDOUT, check_writable, write_text
 from ..tables import counted, short, table
+from . import at_least
 
 SUMMARY = "find unreadable and duplicate images of a dataset"
 EXAMPLES = """examples:
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--workers",
-        type=int,
+        type=at_least(0),
         metavar="N",
         default=2,
         help="processes that decode images; 0: none (default: %(default)s)",
@@ -52,8 +53,6 @@ def run(options: argparse.Namespace) -> None:
     from ..data.checking import check_splits
     from ..data.splits import load_splits
 
-    if options.workers < 0:
-        raise UserError(f"--workers must be 0 or more, got {options.workers}.")
     check_writable(options.json, "--json")
     splits = load_splits(options.data, input_key=options.input_key, target_key=options.target_key)
     result = dict(data=options.data) | check_splits(splits, options.workers)

@@ -21,6 +21,7 @@ from ..data.decoding import decode, undecoded
 from ..errors import UserError, unknown
 from ..files import STDOUT, check_outputs, csv_text, write_text, write_whole
 from ..report import class_rows, picture_rows, report, summarize
+from . import at_least
 
 if TYPE_CHECKING:
     import datasets
@@ -78,9 +79,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=f"draw examples of the {FIGURE_PAIRS} pairs of classes confused most (.png, .jpg, .pdf or .svg)",
     )
-    add("--batch-size", type=int, metavar="N", default=64, help="images at once in each process (default: %(default)s)")
     add(
-        "--workers", type=int, metavar="N", default=2, help="processes that load images; 0: none (default: %(default)s)"
+        "--batch-size",
+        type=at_least(1),
+        metavar="N",
+        default=64,
+        help="images at once in each process (default: %(default)s)",
+    )
+    add(
+        "--workers",
+        type=at_least(0),
+        metavar="N",
+        default=2,
+        help="processes that load images; 0: none (default: %(default)s)",
     )
     add("--cpu", action="store_true", help="do not use an accelerator")
 
@@ -211,10 +222,6 @@ def _is_data(name: str) -> bool:
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    if options.batch_size < 1:
-        raise UserError(f"--batch-size must be 1 or more, got {options.batch_size}.")
-    if options.workers < 0:
-        raise UserError(f"--workers must be 0 or more, got {options.workers}.")
     check_outputs(json=options.json, csv=options.csv, class_csv=options.class_csv, confusions=options.confusions)
     if options.confusions:
         from ..sheets import check_format

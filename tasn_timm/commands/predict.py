@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from ..errors import UserError
 from ..files import STDOUT, check_outputs, csv_text, write_text, write_whole
 from ..tables import counted
+from . import at_least
 
 if TYPE_CHECKING:
     from ..predict import Prediction
@@ -35,7 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="as of evaluate: a folder of training, hf-hub:user/name or a timm name")
     add("pictures", nargs="+", metavar="PICTURE", help="files, folders, or patterns in quotes")
-    add("--topk", type=int, default=5, metavar="K", help="classes to name of each picture (default: %(default)s)")
+    add(
+        "--topk",
+        type=at_least(1),
+        default=5,
+        metavar="K",
+        help="classes to name of each picture (default: %(default)s)",
+    )
     add("--json", type=Path, metavar="FILE", help="write the predictions to this file; -: to standard output, alone")
     add("--csv", type=Path, metavar="FILE", help="the same as a table with a row for each file")
     add(
@@ -45,10 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"draw up to {PANEL_PICTURES} pictures, where the model looks, "
         "what its backbone sees, and the probabilities, on one sheet (.png, .jpg, .pdf or .svg)",
     )
-    add("--batch-size", type=int, metavar="N", default=32, help="pictures at once (default: %(default)s)")
+    add("--batch-size", type=at_least(1), metavar="N", default=32, help="pictures at once (default: %(default)s)")
     add(
         "--workers",
-        type=int,
+        type=at_least(0),
         metavar="N",
         default=2,
         help="processes that load pictures; 0: none (default: %(default)s)",
@@ -101,10 +108,6 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check_options(options: argparse.Namespace, files: int) -> None:
-    for name, least in (("topk", 1), ("batch_size", 1), ("workers", 0)):
-        if getattr(options, name) < least:
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(f"{option} must be {least} or more, got {getattr(options, name)}.")
     check_outputs(json=options.json, csv=options.csv, panel=options.panel)
     if options.panel:
         from ..sheets import check_format

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..errors import UserError, unknown
 from ..tables import counted, table
+from . import at_least
 
 if TYPE_CHECKING:
     from ..evidence import Plan, Result
@@ -35,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     add = parser.add_argument
     add("tables", metavar="TABLE", nargs="*", help="names of tables (default: all)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="of each row (default: 0 1 2)")
-    add("--jobs", type=int, default=1, metavar="N", help="trainings at a time (default: %(default)s)")
+    add("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2], metavar="S", help="of each row (default: 0 1 2)")
+    add("--jobs", type=at_least(1), default=1, metavar="N", help="trainings at a time (default: %(default)s)")
     add("--list", action="store_true", help="say what there is to do, and do nothing")
     add("--plan", type=Path, metavar="FILE", help="another file of contenders and tables (default: the package's)")
     add("--results", type=Path, default=Path("results"), metavar="DIR", help="of RESULTS.md and its JSON files")
@@ -205,7 +206,5 @@ def _check_same(plan: "Plan", results: dict[Job, "Result"], folder: Path) -> Non
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    if options.jobs < 1:
-        raise UserError(f"--jobs must be 1 or more, got {options.jobs}.")
-    if min(options.seeds) < 0 or len(set(options.seeds)) < len(options.seeds):
-        raise UserError(f"--seeds must be different numbers from 0 on, got {' '.join(map(str, options.seeds))}.")
+    if len(set(options.seeds)) < len(options.seeds):
+        raise UserError(f"--seeds must be different, got {' '.join(map(str, options.seeds))}.")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..files import check_writable, completing
+from . import at_least
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--figure", choices=FIGURES, default="attention", help="what to draw (default: %(default)s)")
     add("--output", "-o", type=Path, metavar="FILE", help="ends in .png, .svg or .pdf (default: FIGURE.png)")
     add("--parts", type=int, metavar="N", help=f"detail images a picture, 0 to {PARTS}, for attention (default: 4)")
-    add("--seed", type=int, metavar="N", help="of the choice of nine channels, for channels (default: 0)")
+    add("--seed", type=at_least(0), metavar="N", help="of the choice of nine channels, for channels (default: 0)")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -78,8 +79,6 @@ def _check_options(options: argparse.Namespace, output: Path) -> None:
             raise UserError(f"--{name} has no effect with --figure {figure}: leave it out, or use --figure {where}.")
     if not 0 <= (options.parts or 0) <= PARTS:
         raise UserError(f"--parts must be 0 to {PARTS}, got {options.parts}.")
-    if (options.seed or 0) < 0:
-        raise UserError(f"--seed must be 0 or more, got {options.seed}.")
 
 
 def _draw_curves(run: Path) -> Figure:
