@@ -252,13 +252,11 @@ class TASN(BackboneClassifier):
         """
         if self.split_bn and self.training:
             raise UserError("split_bn=True trains on structure and detail images together: use evaluation mode here.")
-        maps = self.trilinear_attention(self.attention_features(image))
-        return self.normalized(self.structure_sampler(image, maps[0]), image)
+        return self.normalized(self.structure_sampler(image, self._structure_map(image)), image)
 
     def sampling_grid(self, image: Tensor) -> Tensor:
         """Where each pixel of the structure-preserved image looks: (B, H', W', 2), see `attention_grid`."""
-        maps = self.trilinear_attention(self.attention_features(image))
-        return self.structure_sampler.grid(maps[0], tuple(image.shape[-2:]))
+        return self.structure_sampler.grid(self._structure_map(image), tuple(image.shape[-2:]))
 
     def normalized(self, resized: Tensor, image: Tensor) -> Tensor:
         """What was resized or sampled of an image, (B, 3, h, w), normalised if the image is pixels of uint8."""
@@ -298,6 +296,10 @@ class TASN(BackboneClassifier):
         """Replace all classifiers, the attention net's among them, by new ones; 0 for none."""
         super().reset_classifier(num_classes, global_pool)
         self.attention_net.reset_classifier(num_classes)
+
+    def _structure_map(self, image: Tensor) -> Tensor:
+        """The average map (B, h, w) of an image (B, 3, H, W), which guides the structure sampler."""
+        return self.trilinear_attention(self.attention_features(image))[0]
 
     def _mean_logits(self, output: TASNOutput) -> Tensor:
         """The mean over all classifiers; the details of an image count as one."""
