@@ -1,15 +1,13 @@
-"""What the paper claims, on data that everybody can draw: contenders, tables, statistics and RESULTS.md.
+"""What the paper claims, on data that everybody can draw: contenders, tables, results of runs, and their statistics.
 
 `evidence.yaml` names contenders (a recipe and what is changed of it) and tables (which of them are compared). Every run
-leaves a JSON file, `Result`; RESULTS.md is written from these alone.
+leaves a JSON file, `Result`; RESULTS.md is written from these alone (`evidence_report`).
 """
 
 import json
 import statistics
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import pairwise
 from math import sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -267,151 +265,3 @@ def difference(one: Sequence[Result], other: Sequence[Result]) -> Difference | N
         quantile = student_t.ppf((1 + CONFIDENCE) / 2, len(gaps) - 1)
         half = float(quantile * statistics.stdev(gaps) / sqrt(len(gaps)))
     return Difference(statistics.mean(gaps), half, len(gaps))
-
-
-def report(plan: Plan, results: Mapping[str, Sequence[Result]]) -> str:
-    """RESULTS.md: every table of which two rows have been run."""
-    tables = [table for table in plan.tables.values() if sum(row.contender in results for row in table.rows) > 1]
-    sections = [_section(table, results) for table in tables]
-    every = [result for name in plan.contenders for result in results.get(name, ())]
-    gaps = [gap for table in tables for gap in _gaps(table, results)]
-    intervals = sum(gap is not None and gap.half is not None for gap in gaps)
-    picture = f"![A dot for each run, and the mean, in orange, for each row of the tables below]({FIGURE})"
-    head = [_HEAD.format(runs=len(every), intervals=intervals), _machines(every), picture]
-    return "\n\n".join([*head, *_targets(plan.targets, results), *sections]) + "\n"
-
-
-_HEAD = """\
-# Results on generated birds
-
-Written by `python -m tasn_timm reproduce` from the JSON files beside it, of {runs} runs. Everything is measured on
-synthbirds (`tasn_timm/data/synthbirds.py`), which anybody can draw: it says whether the paper's orderings are seen
-there, and nothing about birds in the world. Contenders, by the names in brackets, and what the tables compare are in
-`tasn_timm/evidence.yaml`. Figures in the column "paper" are the paper's own, on CUB-200-2011, for what the row stands
-for. Where the paper gives an order of the rows, a line says which of its steps we see.
-
-Accuracy is top-1 of the test split, read once at the end of each run, of the epoch that was best on the validation
-split: mean and standard deviation over the seeds, then each of them. "Difference" is paired by seed, to the row above
-unless the heading says to what, with its 95 % interval (Student's). Where that leaves out 0, with three seeds at least,
-the order of the two rows is decided; "undecided" does not mean that they are equal. The intervals are over seeds alone:
-the test pictures are the same for all. Three seeds mean 4.3 standard errors to either side, and of the {intervals}
-intervals here about one in twenty leaves out the truth. "MFLOPs" are of a picture at inference, convolutions and
-matrix products, 2 per multiply-add. "Rising" is how far the mean validation accuracy of the last eighth of the epochs
-is above that of the eighth before; much above 0 means that the contender was not trained out."""
-
-
-def _machines(results: Iterable[Result]) -> str:
-    """Kinds of machines and versions, with the number of runs, and of each commit."""
-    kinds: dict[str, Counter[str]] = {}
-    for result in results:
-        commits = (each[:10] + "+" * each.endswith("+") for each in result.environment["commits"])
-        kinds.setdefault(_machine(result.environment), Counter())[" and ".join(commits) or "unknown"] += 1
-    told = []
-    for kind, commits in sorted(kinds.items()):
-        shares = ", ".join(f"{name} ({count})" for name, count in sorted(commits.items()))
-        told.append(f"{kind}: {commits.total()} runs, of commits {shares}")
-    return f"Made by {'; '.join(told)}."
-
-
-def _machine(environment: Mapping[str, Any]) -> str:
-    versions = environment["versions"]
-    shown = ", ".join(f"{name} {versions[name]}" for name in ("torch", "timm", "accelerate"))
-    place = " ".join(str(environment[name]) for name in ("machine", "device", "gpu", "cpu") if environment.get(name))
-    return f"{place}, {environment['mixed_precision']}, {shown}"
-
-
-def _targets(targets: Iterable[Target], results: Mapping[str, Sequence[Result]]) -> list[str]:
-    """A section with a line for each target of which both contenders have been run."""
-    rows = [("target", "contenders", "difference", "FLOPs", "verdict")]
-    for target in targets:
-        one, other = (results.get(name, ()) for name in (target.contender, target.than))
-        if (gap := difference(one, other)) is not None:
-            share = one[0].mflops / other[0].mflops
-            names = f"`{target.contender}`, `{target.than}`"
-            rows.append((target.target, names, str(gap), f"{share:.2f}", _verdict(target, gap, share)))
-    if len(rows) == 1:
-        return []
-    about = "Met or not met where the whole interval is on that side; FLOPs are the first contender's by the second's."
-    return ["## Targets", about, _markdown(rows)]
-
-
-def _verdict(target: Target, gap: Difference, share: float) -> str:
-    if target.flops is not None and share > target.flops:
-        return "not met: too dear"
-    ahead = gap._replace(mean=gap.mean - target.points)
-    return ("" if ahead.sign else "undecided, by the mean ") + ("met" if ahead.mean >= 0 else "not met")
-
-
-def _section(table: Table, results: Mapping[str, Sequence[Result]]) -> str:
-    against = next((row.row for row in table.rows if row.contender == table.against), None)
-    heading = "difference" if against is None else f"difference to {against}"
-    top1 = "validation top-1" if table.tuning else "top-1"
-    rows = [("", "paper", top1, "seeds", heading, "MFLOPs", "rising")]
-    for row, gap in zip(table.rows, _gaps(table, results)):
-        runs = [run for run in results.get(row.contender, ()) if table.takes(run.seed)]
-        rows.append(_cells(table, row, runs, gap))
-    parts = [f"## {table.title}", table.about.strip(), _markdown(rows)]
-    parts += [_views(table, results), _agreement(table, results), table.finding.strip()]
-    return "\n\n".join(part for part in parts if part)
-
-
-def _gaps(table: Table, results: Mapping[str, Sequence[Result]]) -> list[Difference | None]:
-    """Of each row to the one above it, or to the contender that all are compared with; none in tuning."""
-    names = [row.contender for row in table.rows]
-    others = [table.against] * len(names) if table.against or table.tuning else [None, *names[:-1]]
-    pairs = zip(names, others)
-    return [
-        None if other in (None, name) else difference(results.get(name, ()), results.get(other, ()))
-        for name, other in pairs
-    ]
-
-
-def _cells(table: Table, row: Row, runs: Sequence[Result], gap: Difference | None) -> tuple[str, ...]:
-    name, paper = f"{row.row} (`{row.contender}`)", "" if row.paper is None else f"{row.paper:.1f}"
-    if not runs:
-        return name, paper, "not run", "", "", "", ""
-    accuracies = [table.accuracy(run) for run in runs]
-    spread = f" ± {statistics.stdev(accuracies):.1f}" if len(runs) > 1 else ""
-    return (
-        name,
-        paper,
-        f"{statistics.mean(accuracies):.1f}{spread}",
-        "" if table.tuning else ", ".join(f"{accuracy:.1f}" for accuracy in accuracies),
-        "" if gap is None else str(gap),
-        f"{runs[0].mflops:.1f}",
-        f"{statistics.mean(run.slope for run in runs):+.1f}",
-    )
-
-
-def _markdown(rows: Sequence[tuple[str, ...]]) -> str:
-    """A table under its first row; columns that are empty are left out."""
-    columns = [column for column in zip(*rows) if any(column[1:])]
-    head, *body = ["| " + " | ".join(cells) + " |" for cells in zip(*columns)]
-    return "\n".join([head, "|" + "---|" * len(columns), *body])
-
-
-def _views(table: Table, results: Mapping[str, Sequence[Result]]) -> str:
-    """How well each classifier recognises each view of validation pictures, where there is a part net."""
-    rows = []
-    for row in table.rows if table.views else ():
-        views = [run.views for run in results.get(row.contender, ()) if run.views]
-        if views:
-            means = {name: statistics.mean(view[name] for view in views) for name in views[0]}
-            rows.append((row.row, *(f"{mean:.1f}" for mean in means.values())))
-    if not rows:
-        return ""
-    return _markdown([("validation, mean over seeds", *(name.replace("_", " ") for name in means)), *rows])
-
-
-def _agreement(table: Table, results: Mapping[str, Sequence[Result]]) -> str:
-    """Which of the paper's steps from one row to the next are seen, which are contradicted, which are undecided."""
-    said: dict[int, list[str]] = {1: [], -1: [], 0: []}
-    for pair in pairwise(table.rows):
-        if any(row.paper is None for row in pair) or pair[0].paper == pair[1].paper:
-            continue
-        worse, better = sorted(pair, key=lambda row: row.paper)
-        gap = difference(results.get(better.contender, ()), results.get(worse.contender, ()))
-        if gap is not None:
-            said[gap.sign].append(f"{better.row} over {worse.row}")
-    words = {1: "Seen as in the paper", -1: "Contradicted", 0: "Undecided"}
-    return " ".join(f"{words[sign]}: {'; '.join(steps)}." for sign, steps in said.items() if steps)

@@ -21,11 +21,11 @@ from tasn_timm.evidence import (
     difference,
     read_plan,
     read_results,
-    report,
     what_counts,
     write_result,
 )
 from tasn_timm.evidence_figure import evidence_figure
+from tasn_timm.evidence_report import report
 from tasn_timm.recipe import load_recipe
 
 ENVIRONMENT = dict(

@@ -169,8 +169,9 @@ class _Runner:
 
 
 def _write_report(plan: "Plan", folder: Path) -> None:
-    from ..evidence import FIGURE, REPORT, read_results, report
+    from ..evidence import FIGURE, REPORT, read_results
     from ..evidence_figure import evidence_figure
+    from ..evidence_report import report
     from ..files import completing, write_whole
 
     results = read_results(folder)
