@@ -109,11 +109,10 @@ class Table(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What we want one contender to reach, seen from another."""
+    """What we want one contender to reach, seen from another; or one kind of them, by the mean over pairs."""
 
     target: str  # in words
-    contender: str
-    than: str
+    pairs: Sequence[tuple[str, str]]  # a contender, and the one that it is seen from
     points: float = 0.0  # of test accuracy that it is to be ahead of the other by, at least; negative: may be behind
     flops: float | None = None  # at most, as a share of the other's
 
@@ -177,7 +176,7 @@ def read_plan(path: Path = FILE) -> Plan:
     starts = [contender.start for contender in contenders.values() if contender.start]
     wanted = [row.contender for table in tables.values() for row in table.rows]
     wanted += [table.against for table in tables.values() if table.against]
-    wanted += [name for target in targets for name in (target.contender, target.than)]
+    wanted += [name for target in targets for pair in target.pairs for name in pair]
     for name in starts + wanted:
         if name not in contenders:
             raise unknown(f"contender in {path.name}:", name, contenders)
@@ -251,13 +250,20 @@ class Difference(NamedTuple):
         return f"{self.mean:+.1f} ({self.mean - self.half:+.1f} to {self.mean + self.half:+.1f}{seeds})"
 
 
-def difference(one: Sequence[Result], other: Sequence[Result]) -> Difference | None:
+def difference(*pairs: tuple[Sequence[Result], Sequence[Result]]) -> Difference | None:
     """Test accuracy of the first minus that of the second over the seeds that both have; None without any.
 
-    The interval is Student's, of 95 %, for the mean of the paired differences.
+    Of several pairs it is the mean over them, seed by seed, of the seeds that all have: with a seed they share their
+    pictures and their start, so they are no further samples. The interval is Student's, of 95 %, for the mean over
+    seeds.
     """
-    others = {result.seed: result.top1 for result in other}
-    gaps = [result.top1 - others[result.seed] for result in one if result.seed in others]
+    accuracies = [{result.seed: result.top1 for result in each} for pair in pairs for each in pair]
+    seeds = set.intersection(*map(set, accuracies))
+    ones, others = accuracies[::2], accuracies[1::2]
+    gaps = [
+        statistics.mean(one[seed] - other[seed] for one, other in zip(ones, others, strict=True))
+        for seed in sorted(seeds)
+    ]
     if not gaps:
         return None
     half = None

@@ -64,14 +64,17 @@ def _targets(targets: Iterable[Target], results: Mapping[str, Sequence[Result]])
     """A section with a line for each target of which both contenders have been run."""
     rows = [("target", "contenders", "difference", "FLOPs", "verdict")]
     for target in targets:
-        one, other = (results.get(name, ()) for name in (target.contender, target.than))
-        if (gap := difference(one, other)) is not None:
-            share = one[0].mflops / other[0].mflops
-            names = f"`{target.contender}`, `{target.than}`"
+        runs = [tuple(results.get(name, ()) for name in pair) for pair in target.pairs]
+        if (gap := difference(*runs)) is not None:
+            share = max(one[0].mflops / other[0].mflops for one, other in runs)
+            names = "; ".join(f"`{one}`, `{other}`" for one, other in target.pairs)
             rows.append((target.target, names, str(gap), f"{share:.2f}", _verdict(target, gap, share)))
     if len(rows) == 1:
         return []
-    about = "Met or not met where the whole interval is on that side; FLOPs are the first contender's by the second's."
+    about = (
+        "Met or not met where the whole interval is on that side; FLOPs are the first contender's by the second's.\nOf "
+        "several pairs it is their mean, seed by seed."
+    )
     return ["## Targets", about, _markdown(rows)]
 
 
@@ -101,7 +104,7 @@ def _gaps(table: Table, results: Mapping[str, Sequence[Result]]) -> list[Differe
     others = [table.against] * len(names) if table.against or table.tuning else [None, *names[:-1]]
     pairs = zip(names, others)
     return [
-        None if other in (None, name) else difference(results.get(name, ()), results.get(other, ()))
+        None if other in (None, name) else difference((results.get(name, ()), results.get(other, ())))
         for name, other in pairs
     ]
 
@@ -150,7 +153,7 @@ def _agreement(table: Table, results: Mapping[str, Sequence[Result]]) -> str:
         if any(row.paper is None for row in pair) or pair[0].paper == pair[1].paper:
             continue
         worse, better = sorted(pair, key=lambda row: row.paper)
-        gap = difference(results.get(better.contender, ()), results.get(worse.contender, ()))
+        gap = difference((results.get(better.contender, ()), results.get(worse.contender, ())))
         if gap is not None:
             said[gap.sign].append(f"{better.row} over {worse.row}")
     words = {1: "Seen as in the paper", -1: "Contradicted", 0: "Undecided"}

@@ -69,7 +69,7 @@ def plan(*rows: tuple[str, float | None], **about) -> Plan:
 def test_the_interval_is_that_of_a_paired_t_test():
     rng = np.random.default_rng(0)
     one, other = rng.normal(90, 1, 5), rng.normal(88, 1, 5)
-    gap = difference(results(a=list(one))["a"], results(b=list(other))["b"])
+    gap = difference((results(a=list(one))["a"], results(b=list(other))["b"]))
     test = stats.ttest_rel(one, other)
     low, high = test.confidence_interval(0.95)
     np.testing.assert_allclose([gap.mean - gap.half, gap.mean + gap.half], [low, high])
@@ -79,15 +79,25 @@ def test_the_interval_is_that_of_a_paired_t_test():
 def test_differences_are_paired_by_seed():
     one = [result("a", seed, top1) for seed, top1 in ((0, 90.0), (2, 80.0), (5, 1.0))]
     other = [result("b", seed, top1) for seed, top1 in ((2, 70.0), (0, 85.0), (7, 99.0))]
-    gap = difference(one, other)
+    gap = difference((one, other))
     assert (gap.mean, gap.seeds) == (7.5, 2)
-    assert difference(one, other[2:]) is None
-    single = difference(one[:1], other)
+    assert difference((one, other[2:])) is None
+    single = difference((one[:1], other))
     assert single.mean == 5 and single.half is None and single.sign == 0 and str(single) == "+5.0 (1 seed)"
 
 
+def test_of_several_pairs_a_seed_is_one_sample():
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(90, 1, (2, 4)), rng.normal(88, 1, (2, 4))
+    pairs = [(results(a=list(a))["a"], results(b=list(b))["b"]) for a, b in zip(one, other)]
+    pairs[1][0].append(result("a", 9, 1.0))  # which the first pair does not have
+    gap = difference(*pairs)
+    low, high = stats.ttest_rel(one.mean(0), other.mean(0)).confidence_interval(0.95)
+    np.testing.assert_allclose([gap.mean - gap.half, gap.mean + gap.half, gap.seeds], [low, high, 4])
+
+
 def test_two_seeds_decide_nothing():
-    gap = difference(results(a=[90.0, 91.0])["a"], results(b=[80.0, 81.0])["b"])
+    gap = difference((results(a=[90.0, 91.0])["a"], results(b=[80.0, 81.0])["b"]))
     assert gap.half == 0 and gap.sign == 0 and str(gap) == "+10.0 (+10.0 to +10.0, 2 seeds)"
 
 
@@ -166,13 +176,14 @@ def test_targets_are_met_where_the_whole_interval_is_beyond_them(upper, mflops, 
     found = results(a=[80.0, 81.0, 80.5], b=upper)
     found["a"] = [replace(each, mflops=10.0) for each in found["a"]]
     found["b"] = [replace(each, mflops=mflops) for each in found["b"]]
-    target = Target("b a point above a", "b", "a", points=1.0, flops=0.9)
-    text = report(plan(("a", None), ("b", None))._replace(targets=[target]), found)
-    assert f"| b a point above a | `b`, `a` | {said}" in text
+    target = Target("b a point above a", [("b", "a")], points=1.0, flops=0.9)
+    twice = target._replace(target="twice", pairs=2 * target.pairs)
+    text = report(plan(("a", None), ("b", None))._replace(targets=[target, twice]), found)
+    assert f"| b a point above a | `b`, `a` | {said}" in text and f"| twice | `b`, `a`; `b`, `a` | {said}" in text
 
 
 def test_a_target_that_has_not_been_run_is_left_out():
-    targeted = plan(("a", None), ("b", None), ("c", None))._replace(targets=[Target("c above a", "c", "a")])
+    targeted = plan(("a", None), ("b", None), ("c", None))._replace(targets=[Target("c above a", [("c", "a")])])
     assert "Targets" not in report(targeted, results(a=[80.0], b=[81.0]))
 
 
@@ -242,7 +253,7 @@ def test_no_two_contenders_are_the_same():
             "unknown contender in plan.yaml: 'abd': did you mean 'abc'",
         ),
         (
-            "contenders: {abc: {recipe: synthbirds}}\ntables: {}\ntargets: [{target: x, contender: abc, than: abd}]",
+            "contenders: {abc: {recipe: synthbirds}}\ntables: {}\ntargets: [{target: x, pairs: [[abc, abd]]}]",
             "unknown contender in plan.yaml: 'abd': did you mean 'abc'",
         ),
         ("contenders: {abc: {recipe: synthbirds, start: abd}}\ntables: {}", "unknown contender.*'abd'"),
