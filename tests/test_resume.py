@@ -28,7 +28,18 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from filelock import FileLock
 from loopback_hub import LoopbackHub, connect, go_online
-from training_runs import SCRIPT, SMALL, STEP_3, STEP_4, STEP_6, lines, stream_folder, the_error, train_accelerate
+from training_runs import (
+    SCRIPT,
+    SMALL,
+    STEP_3,
+    STEP_4,
+    STEP_6,
+    checkpoint,
+    lines,
+    stream_folder,
+    the_error,
+    train_accelerate,
+)
 
 from tasn_timm.data.loading import keyed_seed
 from tasn_timm.data.splits import load_splits
@@ -276,8 +287,8 @@ def test_a_folder_of_broken_checkpoints_is_refused_and_stays(train, interrupted)
 
 
 def test_with_broken_checkpoints_alone_a_run_begins_anew_and_says_so(train, interrupted, expected):
-    for checkpoint in checkpoints(interrupted):
-        truncate(checkpoint)
+    for each in checkpoints(interrupted):
+        truncate(each)
     names = [path.name for path in checkpoints(interrupted)]
     result, out, err = finished(train, interrupted)
     assert result == expected
@@ -356,6 +367,42 @@ def test_other_settings_go_on_where_that_is_wanted(train, interrupted, expected)
     (*_, test) = lines(interrupted)
     assert test["inexact"] == [dict(lr=[0.002, 0.003]), dict(lr=[0.003, 0.004])]
     assert test["step"] == test["planned_steps"] == 6
+
+
+def test_new_settings_of_the_optimizer_are_in_force_from_the_next_step_on(train, interrupted, tmp_path):
+    new = ("--weight-decay", "0.5", "--lr", "0.05", "--opt-kwargs", "betas=[0.5,0.6]")
+    code, _, err = train("--resume", "auto", "--resume-inexact", *new)
+    assert code == 0, err
+    assert train("--output", str(tmp_path / "new"), *new)[0] == 0
+    groups, expected = (
+        checkpoint(run, STEP_6)["optimizer"]["param_groups"] for run in (interrupted, tmp_path / "new" / "small")
+    )
+    assert groups == expected and {group["weight_decay"] for group in groups} == {0.0, 0.5}
+    resumed, whole = (
+        [line["lr"] for line in metrics(run) if "epoch" not in line and "lr" in line and line["step"] > MIDDLE]
+        for run in (interrupted, tmp_path / "new" / "small")
+    )
+    assert resumed == whole and resumed
+
+
+def test_another_optimizer_has_no_use_for_a_checkpoint(train, interrupted):
+    before = tree(interrupted)
+    code, _, err = train("--resume", "auto", "--resume-inexact", "--opt", "sgd")
+    assert code == 2 and "opt cannot change on the way, not even inexactly: sgd has no use for adamw's" in the_error(
+        err
+    )
+    assert tree(interrupted) == before
+
+
+def test_an_epoch_of_which_nothing_is_left_ends_without_averages(train, interrupted):
+    """Those of two processes are lost where one goes on: here with a step too many already done."""
+    manifest = interrupted / "checkpoints" / STEP_4 / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["about"]["processes"] *= 2
+    manifest.write_text(json.dumps(content))
+    code, out, err = train("--resume", "auto", "--resume-inexact", "--lr", "0.003", "--max-steps", "1")
+    assert code == 0, err
+    assert lines(interrupted)[-2]["train"] == {} and "epoch 2/2  validation top-1" in out
 
 
 def test_the_test_tells_that_a_run_was_cut_short_until_it_was_not(train, tmp_path):

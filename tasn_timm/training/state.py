@@ -173,7 +173,10 @@ class TrainingState:
             )
         if differences:
             self.accelerator.print(f"resuming inexactly:\n\n{_table(differences)}\n")
-        self._restore(newest)
+        if "opt" in differences:
+            then, now = differences["opt"]
+            raise UserError(f"opt cannot change on the way, not even inexactly: {now} has no use for {then}'s state.")
+        self._restore(newest, inexact=bool(differences))
         self.inexact = [*newest.about["inexact"], *([differences] if differences else [])]
         if self.accelerator.is_main_process:
             self.checkpoints.set_aside(newest.folder.name)
@@ -193,13 +196,14 @@ class TrainingState:
         torch.save(state, folder / "state.pt")
         self.run.keep_in(folder)
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
+    def _restore(self, checkpoint: Checkpoint, inexact: bool) -> None:
         state = torch.load(checkpoint.folder / "state.pt", map_location="cpu", weights_only=True)
         parts, scaler = self.parts, self.accelerator.scaler
         try:
             self.accelerator.unwrap_model(parts.model, keep_torch_compile=False).load_state_dict(state["model"])
             if parts.average:
                 parts.average.module.load_state_dict(state["average"] or state["model"])
+            mine = [{key: value for key, value in group.items() if key != "params"} for group in _groups(parts)]
             parts.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = _short(error)
@@ -211,6 +215,10 @@ class TrainingState:
             self.position.images -= self.position.images % self.plan.group
         else:
             self.position.images = self.plan.images
+        if inexact:  # a checkpoint has the settings of then: weight_decay, momentum, lr ...
+            for group, settings in zip(_groups(parts), mine):
+                group.update(settings)
+            parts.scheduler.step_update(self.step)
         processes = checkpoint.about["processes"]
         bad_images = [bad for each in processes for bad in each["bad_images"]]
         mine = dict(bad_images=bad_images if self.accelerator.is_main_process else [], progress=None)
@@ -218,6 +226,11 @@ class TrainingState:
             mine = processes[self.accelerator.process_index]
         self.bad_images.restore(mine["bad_images"], bad_images)
         self.begun = mine["progress"]
+
+
+def _groups(parts: Parts) -> list[dict[str, Any]]:
+    """The optimizer's parameters, and the settings of each group of them."""
+    return parts.optimizer.param_groups
 
 
 def load_weights(resume: str, output: Path, name: str, model: nn.Module, label_names: list[str]) -> None:
