@@ -26,7 +26,7 @@ from tasn_timm.errors import Interrupted, UserError, run_command
 from tasn_timm.recipe import Launch, Recipe, load_recipe, parse_args, recipe_name
 from tasn_timm.training.accelerator import as_launched, create_accelerator
 from tasn_timm.training.bad_images import BadImages
-from tasn_timm.training.build import Parts, build_model, build_parts, crop_share, prepare_parts
+from tasn_timm.training.build import Parts, build_model, build_parts, crop_share, flops_of, prepare_parts
 from tasn_timm.training.dry_run import estimate, temporary_output
 from tasn_timm.training.evaluation import Scores, evaluate
 from tasn_timm.training.gradients import Step, clip_gradient
@@ -39,7 +39,8 @@ from tasn_timm.training.state import TrainingState, load_weights
 from tasn_timm.training.stopping import StopRequest
 from tasn_timm.training.zoom import ZoomProbe
 
-# What a comparison takes over from the first recipe, so that only the model and its input differ.
+# What a comparison takes over from the first recipe: data, length and machine. Optimizer, loss and augmentation stay
+# the second's own, as do the model and its input.
 SHARED_OPTIONS = [
     *("data", "train_split", "val_split", "test_split", "num_classes", "initial_checkpoint"),
     *("input_key", "target_key", "streaming", "max_bad_images", "decoder", "overfit_batches"),
@@ -78,6 +79,7 @@ class Built(NamedTuple):
     plan: Plan
     loaders: dict[str, DataLoader]
     data_config: dict
+    flops: int  # of an image in evaluation
     fingerprint: str  # of the images
     parts: Parts
     scored: nn.Module  # what is evaluated and published: the model or the average of its weights, not wrapped
@@ -100,12 +102,13 @@ def build(recipe: Recipe, accelerator: Accelerator) -> Built:
         interpolation="bicubic",
         crop_pct=crop_share(recipe.img_size, recipe.resize or recipe.img_size),
     )
+    flops = flops_of(recipe, model)
     parts = build_parts(recipe, model, plan.steps, data_config)
     scored = parts.average.module if parts.average else model
     parts = prepare_parts(parts, accelerator)
     prepared = accelerator.prepare_model(scored, evaluation_mode=True) if parts.average else parts.model
     predict = nn.Sequential(parts.normalize, prepared)
-    return Built(recipe, names, plan, loaders, data_config, fingerprint(splits), parts, scored, predict)
+    return Built(recipe, names, plan, loaders, data_config, flops, fingerprint(splits), parts, scored, predict)
 
 
 def train(name: str, recipe: Recipe, launch: Launch, accelerator: Accelerator, stop: StopRequest) -> Run:
@@ -115,7 +118,8 @@ def train(name: str, recipe: Recipe, launch: Launch, accelerator: Accelerator, s
     recipe, plan, loaders = built.recipe, built.plan, built.loaders
     if launch.dry_run:  # leaves nothing behind, on a tracker's server neither
         recipe = replace(recipe, trackers=[])
-    run = Run(name, recipe, accelerator, built.scored, built.label_names, built.data_config, launch.resume)
+    saved_with = built.label_names, built.data_config
+    run = Run(name, recipe, accelerator, built.scored, *saved_with, built.flops, launch.resume)
     with closing(run), out_of_memory(recipe, accelerator, built.scored, plan.images % plan.group):
         bad_images = BadImages(recipe.max_bad_images, recipe.train_split, run.folder / "bad_images.jsonl", accelerator)
         state = TrainingState(recipe, accelerator, plan, built.parts, run, bad_images, built.fingerprint)
@@ -217,6 +221,7 @@ def train_one_epoch(
             state.save()
         stop.check()
     state.guard.flush()
+    progress.end()
     state.bad_images.end_epoch()
     if parts.average:  # each process has averaged its own BatchNorm statistics: the main one's count, as in DDP
         broadcast(list(parts.average.module.buffers()))

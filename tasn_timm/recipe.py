@@ -7,6 +7,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +25,7 @@ BASES = RECIPES / "base"  # what recipes share; no recipes themselves
 _RANGES: dict[str, Callable[[float], bool]] = {
     "at least 1": lambda value: value >= 1,
     "0 or more": lambda value: 0 <= value < math.inf,
+    "more than 0": lambda value: 0 < value < math.inf,
     "between 0 and 1": lambda value: 0 <= value <= 1,
     "more than 0 and less than 1": lambda value: 0 < value < 1,
 }
@@ -147,7 +149,7 @@ class Recipe:
     min_lr: float = _option(4e-5, "learning rate at the end", must_be="0 or more")
     decay_milestones: list = _option([], "epochs at which the multistep scheduler decays")
     decay_rate: float = _option(0.1, "factor of each decay")
-    clip_grad: float | None = _option(None, "largest norm of the gradient; null: no clipping", must_be="0 or more")
+    clip_grad: float | None = _option(None, "largest norm of the gradient; null: no clipping", must_be="more than 0")
     freeze: dict = _option(
         {}, "what is not trained when: a name's beginning and the epochs before which, or [from, before]: backbone=5"
     )
@@ -192,6 +194,10 @@ class Recipe:
                 f"recipe: decay_milestones are for sched multistep, and it needs them; got sched {self.sched} and "
                 f"{self.decay_milestones}."
             )
+        if not _ascend(self.decay_milestones):
+            raise UserError(
+                f"recipe: decay_milestones must be numbers of epochs in ascending order, got {self.decay_milestones}."
+            )
         if any(milestone >= self.epochs for milestone in self.decay_milestones):
             raise UserError(
                 f"recipe: decay_milestones {self.decay_milestones} must be less than epochs ({self.epochs}), or the "
@@ -206,6 +212,8 @@ class Recipe:
             raise unknown("optimizer", self.opt, list_optimizers())
         if self.resize is not None and self.resize < self.img_size:
             raise UserError(f"recipe: resize ({self.resize}) must be at least img_size ({self.img_size}).")
+        if self.overfit_batches:
+            no_effect(Recipe, dict(decoder=self.decoder), "overfit_batches, which trains on what it validates on")
         if self.streaming:
             no_effect(Recipe, dict(drop_last=self.drop_last), "streaming, which gives each process whole batches")
             no_effect(Recipe, dict(overfit_batches=self.overfit_batches), "streaming, which has no order to pick from")
@@ -388,9 +396,16 @@ def _override(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     for name in _ruled_out(below | above).keys() - _ruled_out(below).keys():
         below.pop(name, None)
     for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        both = value and isinstance(value, dict) and isinstance(below.get(key), dict)  # {} clears
         below[key] = below[key] | value if both else value
     return below
+
+
+def _ascend(milestones: list) -> bool:
+    """Whether these are numbers of 0 or more, each greater than the one before."""
+    if not all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in milestones):
+        return False
+    return all(before < after for before, after in pairwise([-1, *milestones]))
 
 
 def _ruled_out(options: Mapping[str, Any]) -> dict[str, str]:

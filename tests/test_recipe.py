@@ -122,6 +122,15 @@ def test_every_option_is_in_the_help(capsys):
             dict(sched="multistep", decay_milestones=[1], min_lr=0),
             "min_lr=0.0 has no effect with sched='multistep': leave out one of them .*min_lr=4e-05",
         ),
+        (dict(clip_grad=0), "clip_grad must be more than 0, got 0.0; null: no clipping"),
+        (dict(overfit_batches=1, decoder="simplejpeg"), "decoder='simplejpeg' has no effect with overfit_batches"),
+        *(
+            (
+                dict(sched="multistep", decay_milestones=milestones),
+                "decay_milestones must be numbers of epochs in ascending order, got",
+            )
+            for milestones in (["1e2"], [2, 1], [1, 1], [-1], [True])
+        ),
         (dict(sched="cosine", decay_rate=0.5), "decay_rate=0.5 has no effect with sched='cosine'"),
         (dict(warmup_epochs=0, warmup_lr=0), "warmup_lr=0.0 has no effect with warmup_epochs=0.0"),
         (dict(opt="adamw", momentum=0), "momentum=0.0 has no effect with opt='adamw'"),

@@ -228,6 +228,8 @@ def test_speed_is_measured_between_the_lines(accelerator, monkeypatch, capsys):
             speeds.append(tracked.end_line()[1])
         assert number == 0
     device = torch.device("cpu")
+    tracked.end()
+    now[0] += 60.0  # evaluation, which is no training
     speeds.append(tracked.epoch.speed(device))
     assert [speed["images_per_second"] for speed in speeds] == [20 / 8, pytest.approx(10 / 7, abs=0.05), 30 / 15]
     assert [speed["data_wait"] for speed in speeds] == pytest.approx([2 / 8, 4 / 7, 6 / 15], abs=1e-4)

@@ -706,7 +706,7 @@ def test_a_few_images_can_be_learned_by_heart(train, tmp_path, monkeypatch):
         ("--mixup -1", "mixup must be 0 or more"),
         ("--layer-decay 1", "layer_decay must be more than 0 and less than 1"),
         ("--model-ema-decay 1", "model_ema_decay must be more than 0 and less than 1"),
-        ("--clip-grad -1", "clip_grad must be 0 or more"),
+        ("--clip-grad 0", "clip_grad must be more than 0"),
         ("--overfit-batches -1", "overfit_batches must be 0 or more"),
         ("--recovery-interval 0", "recovery_interval must be at least 1"),
         ("--checkpoint-hist 0", "checkpoint_hist must be at least 1"),
@@ -714,6 +714,7 @@ def test_a_few_images_can_be_learned_by_heart(train, tmp_path, monkeypatch):
         ("--streaming --no-drop-last", "drop_last=False has no effect with streaming"),
         ("--trackers tensorboard", "trackers must be list, got 'tensorboard'"),
         ("--overfit-batches 3 --batch-size 64", "fewer than batch_size 64"),
+        ("--model vit_tiny_patch16_224", "does not take pictures of img_size 32: Input height (32) doesn't"),
         ("--drop-lst", "did you mean '--drop-last'"),
     ],
 )

@@ -25,6 +25,7 @@ from ..hub import check_folder, model_folder
 from ..recipe import Recipe
 from ..tasn import TASN, structure_norm
 from ..weights import weights_in
+from .evaluation import count_flops
 from .freezing import FreezeSchedule
 from .objective import Objective, create_objective
 
@@ -130,6 +131,24 @@ def start_from(model: nn.Module, folder: Path) -> None:
             f"one with the same backbone and attention net."
         )
     model.load_state_dict(own | taken)
+
+
+def flops_of(recipe: Recipe, model: nn.Module) -> int:
+    """`count_flops` of a recipe's model, which also tells whether it takes the recipe's pictures.
+
+    Raises:
+        UserError: It does not: a ViT is made for one size.
+    """
+    try:
+        return count_flops(model, (3, recipe.img_size, recipe.img_size))
+    except UserError:
+        raise
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{recipe.model} does not take pictures of img_size {recipe.img_size}: {reason} Use another img_size here, "
+            f"or img_size={recipe.img_size} in model_kwargs where the model has it."
+        ) from error
 
 
 def crop_share(img_size: int, resize: int) -> float:

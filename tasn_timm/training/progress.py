@@ -27,7 +27,9 @@ class Means:
             self.weights[name] = self.weights.get(name, 0) + weight
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over all processes, which all have to ask."""
+        """Means over all processes, which all have to ask; none where nothing was counted, which is so on all."""
+        if not self.totals:
+            return {}
         weights = torch.tensor(list(self.weights.values()), device=accelerator.device)
         sums = torch.stack([torch.stack(list(self.totals.values())), weights])
         totals, weights = accelerator.reduce(sums, "sum").tolist()
@@ -51,10 +53,11 @@ class Stretch:
         self.images = 0  # of all processes
         self.waited = 0.0  # seconds, for data
         self.start = time.perf_counter()
+        self.end: float | None = None  # None: it goes on
 
     def speed(self, device: torch.device) -> dict[str, float]:
         """Images per second, the share of the time that went into waiting for data, and the peak memory in MB."""
-        seconds = time.perf_counter() - self.start
+        seconds = (self.end or time.perf_counter()) - self.start
         return dict(
             images_per_second=round(self.images / seconds, 1),
             data_wait=round(self.waited / seconds, 4),
@@ -114,6 +117,10 @@ class Progress:
         self.step_ends.append(time.perf_counter())
         for stretch in (self.epoch, self.line):
             stretch.images += images
+
+    def end(self) -> None:
+        """Stop the clock of the epoch: evaluation is no training."""
+        self.epoch.end = time.perf_counter()
 
     def end_line(self) -> tuple[dict[str, float], dict[str, float]]:
         """Show what happened since the last line, on the main process; all have to call it.

@@ -31,7 +31,7 @@ from ..hub import save_folder
 from ..recipe import Recipe, save_recipe
 from ..tables import table
 from .checkpoints import Checkpoint, link_or_copy
-from .evaluation import Scores, count_flops
+from .evaluation import Scores
 from .progress import Progress
 
 PACKAGES = (
@@ -67,6 +67,7 @@ class Run:
         model: Not yet prepared; its parameters are read at every save.
         label_names: Of the classes, in order.
         data_config: timm's description of the input.
+        flops: Of an image in evaluation, see `count_flops`.
         resume: Folder of a run to go on with; "auto": the newest one of this name, if any; None for a new one.
 
     Raises:
@@ -81,6 +82,7 @@ class Run:
         model: nn.Module,
         label_names: list[str],
         data_config: dict,
+        flops: int,
         resume: str | None = None,
     ) -> None:
         self.name = name
@@ -88,7 +90,7 @@ class Run:
         self.accelerator = accelerator
         self.model = model
         self.saved_with = dict(label_names=label_names, data_config=data_config, recipe=name, dataset=recipe.data)
-        self.flops = count_flops(model, data_config["input_size"])
+        self.flops = flops
         self.command = shlex.join(["accelerate", "launch", *sys.argv])
         self.best_top1 = -1.0
         self.test_scores: Scores | None = None
@@ -157,7 +159,8 @@ class Run:
             return
         validation = f"  validation top-1 {scores.top1:.1f} %" if scores else ""
         rate = f"{speed['images_per_second']:.0f} images/s"
-        print(f"{progress.title}  loss {means['loss']:.3f}{validation}  {rate}", flush=True)
+        loss = f"  loss {means['loss']:.3f}" if means else ""  # none where nothing of it was left to train
+        print(f"{progress.title}{loss}{validation}  {rate}", flush=True)
         self._save_model("last")
         if improved:
             self._save_model("best")
