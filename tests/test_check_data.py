@@ -118,7 +118,7 @@ def test_what_was_planted_is_found(command, photos, tmp_path):
     assert re.search(r"train +row \d+ +train/bee/3.jpg +image file is truncated", out)
     assert "duplicates: 2 files in several splits (spoils tests), 1 file in one split under several labels" in out
     assert re.search(r"test +row \d+ +test/ant/other.jpg +ant  labels differ", out)
-    assert "test lacks 1 class of train: cat" in out
+    assert "test lacks 1 class of the training split: cat" in out
 
 
 def test_numbers_are_those_of_a_plain_loop(command, photos, tmp_path):
@@ -257,8 +257,8 @@ def test_classes_of_only_one_split_and_missing_labels_are_told():
     assert "missing" not in train
     text = check_data.report(result | dict(data="mine"))
     assert "test has 3 images without the label of a class" in text
-    assert "test lacks 1 class of train: bee" in text
-    assert "test has 1 class that train has no image of: cat" in text
+    assert "test lacks 1 class of the training split: bee" in text
+    assert "test has 1 class that the training split has no image of: cat" in text
 
 
 def test_conversions_are_counted():
@@ -320,13 +320,20 @@ def test_long_lists_are_cut_on_the_terminal_only(command, tmp_path):
     assert (len(result["unreadable"]), len(result["duplicates"])) == (60, 30)
 
 
-def test_the_verdict_says_what_helps():
-    train, test = dict(split="train"), dict(split="test")
-    assert check_data.verdict(dict(images=5994, unreadable=[train] * 3)) == (
+@pytest.mark.parametrize("name", ["train", "training"])
+def test_the_verdict_says_what_helps(name):
+    train, test = dict(split=name), dict(split="test")
+    splits = {name: {}, "test": {}}
+    assert check_data.verdict(dict(images=5994, splits=splits, unreadable=[train] * 3)) == (
         "3 of 5,994 images cannot be read: replace or remove them, or train with --max-bad-images 3."
     )
-    assert "replace or remove it, or train" in check_data.verdict(dict(images=2, unreadable=[train]))
-    assert "evaluation cannot" in check_data.verdict(dict(images=2, unreadable=[train, test]))
+    assert "replace or remove it, or train" in check_data.verdict(dict(images=2, splits=splits, unreadable=[train]))
+    assert "evaluation cannot" in check_data.verdict(dict(images=2, splits=splits, unreadable=[train, test]))
+
+
+def test_the_training_split_may_have_another_usual_name(command, photos):
+    (photos / "train").rename(photos / "training")
+    assert "test lacks 1 class of the training split: cat" in command(photos)[1]
 
 
 def test_records_are_small_and_equal_rows_are_found():

@@ -67,10 +67,13 @@ def run(options: argparse.Namespace) -> None:
 
 def verdict(result: dict) -> str:
     """What to do about images that cannot be read, in one line."""
+    from ..data.split_names import find_split
+
     bad = len(result["unreadable"])
     them = "it" if bad == 1 else "them"
     way_out = f", or train with --max-bad-images {bad}."
-    if any(place["split"] != "train" for place in result["unreadable"]):
+    train = find_split(result["splits"], "train")
+    if any(place["split"] != train for place in result["unreadable"]):
         way_out = ". Training can pass over images (--max-bad-images), evaluation cannot."
     return f"{bad:,} of {result['images']:,} images cannot be read: replace or remove {them}{way_out}"
 
@@ -125,10 +128,11 @@ def _class_problems(splits: dict[str, dict]) -> str:
         if split["unlabelled"]:
             lines.append(f"{name} has {counted(split['unlabelled'], 'image')} without the label of a class")
         if split.get("missing"):
-            lines.append(f"{name} lacks {counted(len(split['missing']), 'class')} of train: {_some(split['missing'])}")
+            number = counted(len(split["missing"]), "class")
+            lines.append(f"{name} lacks {number} of the training split: {_some(split['missing'])}")
         if split.get("untrained"):
             number = counted(len(split["untrained"]), "class")
-            lines.append(f"{name} has {number} that train has no image of: {_some(split['untrained'])}")
+            lines.append(f"{name} has {number} that the training split has no image of: {_some(split['untrained'])}")
     return _section("classes", "\n".join(lines)) if lines else ""
 
 

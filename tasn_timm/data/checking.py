@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from .decoding import ORIENTATION, UnreadableImage, decode, open_picture, read, undecoded
+from .split_names import find_split
 from .splits import class_names
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def check_splits(splits: datasets.DatasetDict, workers: int = 0) -> dict:
         workers: Processes that decode; 0 to decode in this one.
 
     Returns:
-        "images", their number; "classes", likewise; "splits", see `summarize`, where there is a split "train" together
+        "images", their number; "classes", likewise; "splits", see `summarize`, where there is a training split together
         with `compare_classes`; "unreadable", one dict of split, row, file, image_id (where the data has it) and reason
         per picture; "duplicates", see `find_duplicates`.
 
@@ -60,9 +61,10 @@ def check_splits(splits: datasets.DatasetDict, workers: int = 0) -> dict:
     records = {name: found for name, (found, _) in examined.items()}
     labels = {name: _labels(split, len(names)) for name, split in splits.items()}
     summaries = {name: summarize(records[name], labels[name], names) for name in splits}
+    train = find_split(summaries, "train")
     for name, summary in summaries.items():
-        if name != "train" and "train" in summaries:
-            summary |= compare_classes(summaries["train"]["classes"], summary["classes"])
+        if train and name != train:
+            summary |= compare_classes(summaries[train]["classes"], summary["classes"])
     unreadable = [
         place | dict(reason=reason)
         for name, (_, reasons) in examined.items()
