@@ -73,7 +73,7 @@ def _targets(targets: Iterable[Target], results: Mapping[str, Sequence[Result]])
         return []
     about = (
         "Met or not met where the whole interval is on that side; FLOPs are the first contender's by the second's.\nOf "
-        "several pairs it is their mean, seed by seed."
+        "several pairs the difference is their mean, seed by seed, and the FLOPs are the highest share."
     )
     return ["## Targets", about, _markdown(rows)]
 

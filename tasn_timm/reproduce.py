@@ -28,6 +28,7 @@ from .training.evaluation import count_flops
 from .training.loaders import load_data
 from .weights import WEIGHTS
 
+START = "start.sha256"  # beside a run: of the weights that it starts from
 BATCH = 64  # pictures at once, of `accuracy_of_views`
 DETAILS = 4  # detail images of each picture there
 KEPT = ("versions", "python", "machine", "cpu", "gpu", "device", "system", "mixed_precision")  # of environment.json
@@ -51,19 +52,24 @@ def train(contender: Contender, seed: int, folder: Path, script: Path, start: Pa
         start: Folder of the run that it starts from.
 
     Raises:
-        UserError: The folder has a run of other options, somebody else is training it, or the training failed, with
-            its last words.
+        UserError: The folder has a run of other options or from another start, somebody else is training it, or the
+            training failed, with its last words.
     """
     output = folder.parent
     recipe = contender.recipe_of(seed)
+    known, weights = output / START, digest(start / "best" / WEIGHTS) if start else ""
     if (folder / "recipe.yaml").is_file():
         if not same_options(what_counts(load_recipe(str(folder / "recipe.yaml"))), recipe):
             raise UserError(f"{str(folder)!r} has a run of other options: remove it, and it is run again.")
+        if start and (not known.is_file() or known.read_text() != weights):
+            raise UserError(f"{str(folder)!r} has a run from another start: remove it, and it is run again.")
         if _has_ended(folder):
             return
     output.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(output / ".lock", timeout=0):
+            if start:
+                known.write_text(weights)
             placed = replace(recipe, output=str(output), initial_checkpoint=start and str(start))
             recipe_file = output / f"{folder.name}.yaml"
             recipe_file.write_text(yaml.safe_dump(asdict(placed), sort_keys=False))
@@ -141,8 +147,9 @@ def accuracy_of_views(model: nn.Module, recipe: Recipe) -> dict[str, float] | No
     In float32, whatever the run was trained in.
 
     Returns:
-        "prediction" (shared classifier, structure), "master_on_structure", "part_on_detail" (one random detail of each
-        picture), "part_on_details" (the mean of four details' logits), "prediction_on_detail" (shared classifier).
+        "prediction" (predicting classifier, structure), "master_on_structure", "part_on_detail" (one random detail of
+        each picture), "part_on_details" (the mean of four details' logits), "prediction_on_detail" (the shared
+        classifier). With one pair of classifiers the second is the first, and the last the third.
     """
     if not isinstance(model, TASN) or not (model.part_net and model.master_net) or model.split_bn:
         return None

@@ -1,5 +1,6 @@
 """`python -m tasn_timm reproduce`: what is run and in what order, what a failure leaves, and real runs."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from training_runs import SCRIPT, SMALL
 from tasn_timm import cli, evidence, reproduce
 from tasn_timm.errors import UserError, run_command
 from tasn_timm.heads import HEADS
+from tasn_timm.recipe import save_recipe
 
 PLAN = dict(
     common=dict(workers=0),
@@ -270,6 +272,20 @@ def test_a_training_that_fails_is_told_in_its_own_words(tmp_path, image_folder):
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
     assert "broken seed 0: training ended with exit code" in last and "not finite" in last and "log.txt" in last
+
+
+def test_a_run_from_another_start_is_not_taken_for_this_one_s(tmp_path):
+    contender, folder, start = evidence.Contender("a", "synthbirds", {}, "b"), tmp_path / "a/run", tmp_path / "b/run"
+    for path in (folder, start / "best"):
+        path.mkdir(parents=True)
+    save_recipe(contender.recipe_of(0), folder / "recipe.yaml")
+    (folder / "metrics.jsonl").write_text(json.dumps(dict(test={})) + "\n")
+    (start / "best/model.safetensors").write_bytes(b"weights")
+    (folder.parent / "start.sha256").write_text(hashlib.sha256(b"weights").hexdigest())
+    reproduce.train(contender, 0, folder, Path("none"), start)
+    (start / "best/model.safetensors").write_bytes(b"trained again")
+    with pytest.raises(UserError, match="has a run from another start: remove it, and it is run again"):
+        reproduce.train(contender, 0, folder, Path("none"), start)
 
 
 @pytest.mark.parametrize("heads", HEADS)
