@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -305,3 +306,8 @@ def test_a_copied_result_is_refused(tmp_path):
     (tmp_path / "a.seed1.json").write_text((tmp_path / "a.seed0.json").read_text())
     with pytest.raises(ValueError, match=r"a\.seed1\.json' is a copy"):
         read_results(tmp_path)
+
+
+def test_the_report_in_the_repository_is_that_of_its_results():
+    folder = Path(__file__).parents[1] / "hub_configs/results"
+    assert (folder / "RESULTS.md").read_text() == report(read_plan(), read_results(folder))
