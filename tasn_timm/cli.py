@@ -4,7 +4,6 @@ import argparse
 import io
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from .commands import (
     benchmark,
@@ -20,7 +19,7 @@ from .commands import (
     run,
     visualize,
 )
-from .errors import UserError
+from .errors import Parser
 
 COMMANDS = {
     "benchmark": benchmark,
@@ -44,13 +43,6 @@ EXAMPLES = """examples:
 exit codes: 0; 2 for your mistake, in one line; 3 for a numerical failure; 130 after Ctrl-C"""
 
 
-class _Parser(argparse.ArgumentParser):
-    """Tells mistakes in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}: see {self.prog} --help.")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command.
 
@@ -60,14 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         UserError: Of any of the commands, or of their options.
     """
-    parser = _Parser(
+    parser = Parser(
         "python -m tasn_timm",
         description="Trained models and recipes.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     for name, module in COMMANDS.items():
         command = commands.add_parser(
             name,

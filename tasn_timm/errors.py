@@ -1,5 +1,6 @@
 """How a user's mistake is told: one line with what we got, what is allowed and what to do."""
 
+import argparse
 import contextlib
 import errno
 import inspect
@@ -9,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 # Of whatever file: nothing that a traceback would help to put right.
 ADVICE = {
@@ -36,6 +37,13 @@ class Interrupted(Exception):
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
         self.number = number
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells mistakes in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}: see {self.prog} --help.")
 
 
 def unknown(what: str, got: object, allowed: Iterable[str]) -> UserError:

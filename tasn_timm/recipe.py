@@ -15,7 +15,7 @@ import yaml
 from timm.optim import get_optimizer_info, list_optimizers
 from timm.utils import ParseKwargs
 
-from .errors import UserError, no_effect, unknown
+from .errors import Parser, UserError, no_effect, unknown
 
 RECIPES = Path(__file__).parent / "recipes"
 BASES = RECIPES / "base"  # what recipes share; no recipes themselves
@@ -143,12 +143,12 @@ class Recipe:
         "decay of an average of the weights, which is then what is evaluated and saved; null: none",
         must_be="more than 0 and less than 1",
     )
-    sched: Literal["cosine", "tanh", "poly", "multistep"] = _option("cosine", "timm scheduler, stepped every update")
+    sched: Literal["cosine", "tanh", "multistep"] = _option("cosine", "timm scheduler, stepped every update")
     warmup_epochs: float = _option(4.0, "epochs of linear warm-up from warmup_lr")
     warmup_lr: float = _option(4e-4, "learning rate at the start of the warm-up", must_be="0 or more")
     min_lr: float = _option(4e-5, "learning rate at the end", must_be="0 or more")
     decay_milestones: list = _option([], "epochs at which the multistep scheduler decays")
-    decay_rate: float = _option(0.1, "factor of each decay")
+    decay_rate: float = _option(0.1, "factor of each decay", must_be="more than 0 and less than 1")
     clip_grad: float | None = _option(None, "largest norm of the gradient; null: no clipping", must_be="more than 0")
     freeze: dict = _option(
         {}, "what is not trained when: a name's beginning and the epochs before which, or [from, before]: backbone=5"
@@ -210,6 +210,8 @@ class Recipe:
             )
         if self.opt not in list_optimizers():
             raise unknown("optimizer", self.opt, list_optimizers())
+        if get_optimizer_info(self.opt).second_order:
+            raise UserError(f"recipe: opt {self.opt} needs second derivatives, which are not computed: take another.")
         if self.resize is not None and self.resize < self.img_size:
             raise UserError(f"recipe: resize ({self.resize}) must be at least img_size ({self.img_size}).")
         if self.overfit_batches:
@@ -434,7 +436,7 @@ def parse_args(args: list[str]) -> tuple[str, Recipe, Launch]:
     Returns:
         Name of the recipe, the recipe with the command line's overrides, and what to do with it.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train TASN, or any timm model, with Hugging Face Accelerate.",
         epilog="example: accelerate launch train_accelerate.py --epochs 30 --model-kwargs heads=shared",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -455,6 +457,8 @@ def parse_args(args: list[str]) -> tuple[str, Recipe, Launch]:
             parser.add_argument(flag, type=_text_or_yaml(entry), metavar="VALUE", **options)
     try:
         overrides, rest = parser.parse_known_args([_dashed(argument) for argument in args])
+    except UserError:
+        raise
     except ValueError as error:  # ParseKwargs splits at "=" and evaluates
         raise UserError(
             f"KEY=VALUE arguments cannot be read: {error}. Write them as sample_size=336 heads=shared."
@@ -477,7 +481,7 @@ def _text_or_yaml(entry: dataclasses.Field) -> Callable[[str], Any]:
         try:
             return yaml.safe_load(text)
         except yaml.YAMLError:
-            raise UserError(f"{entry.name} cannot be read from {text!r}: write it as in a recipe.") from None
+            raise argparse.ArgumentTypeError(f"cannot be read from {text!r}: write it as in a recipe") from None
 
     return read
 

@@ -54,7 +54,7 @@ def test_options_have_one_meaning_and_a_text(name):
         "--workers": at_least(0),
         "--batch-size": at_least(1),
     }
-    parser = cli._Parser()
+    parser = errors.Parser()
     cli.COMMANDS[name].add_arguments(parser)
     for action in parser._actions:
         if name != "run":  # SCRIPT and its arguments are the script's own

@@ -11,6 +11,7 @@ import torch
 import yaml
 from timm.optim import create_optimizer_v2
 
+from tasn_timm.errors import UserError
 from tasn_timm.recipe import BASES, RECIPES, PaperRow, Recipe, load_recipe, parse_args, read_recipe_file, save_recipe
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -92,6 +93,19 @@ def test_the_command_line_overrides_the_file():
     assert recipe.model_kwargs == {"channels": [24, 48, 72, 96], "stem_width": 16}, "the other keys stay"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "[1"], "argument --epochs: cannot be read from '[1': write it as in a recipe: see "),
+        (["--lr"], "argument --lr: expected one argument: see "),
+    ],
+)
+def test_mistakes_of_the_command_line_get_one_line(capsys, arguments, message):
+    with pytest.raises(UserError) as raised:
+        parse_args(arguments)
+    assert message in str(raised.value) and "\n" not in str(raised.value) and not capsys.readouterr().err
+
+
 def test_every_option_is_in_the_help(capsys):
     with pytest.raises(SystemExit) as exit_:
         parse_args(["--help"])
@@ -122,6 +136,9 @@ def test_every_option_is_in_the_help(capsys):
             dict(sched="multistep", decay_milestones=[1], min_lr=0),
             "min_lr=0.0 has no effect with sched='multistep': leave out one of them .*min_lr=4e-05",
         ),
+        (dict(sched="poly"), "unknown sched in recipe: 'poly'"),
+        (dict(sched="multistep", decay_milestones=[1], decay_rate=-1), "decay_rate must be more than 0"),
+        (dict(opt="adahessian"), "opt adahessian needs second derivatives"),
         (dict(clip_grad=0), "clip_grad must be more than 0, got 0.0; null: no clipping"),
         (dict(overfit_batches=1, decoder="simplejpeg"), "decoder='simplejpeg' has no effect with overfit_batches"),
         *(
