@@ -14,19 +14,30 @@ def lacks_memory(error: Exception) -> bool:
     return known or "DefaultCPUAllocator" in str(error)  # torch has no class of its own for a CPU
 
 
+def lost_worker(error: Exception) -> str | None:
+    """What torch says of a loading process that was killed, mostly for want of memory; None of other errors."""
+    said = str(error)
+    return said.splitlines()[0] if isinstance(error, RuntimeError) and said.startswith("DataLoader worker") else None
+
+
 @contextmanager
 def lack_of_memory(say: Callable[[], str]) -> Iterator[None]:
-    """Within it, running out of memory is told.
+    """Within it, running out of memory is told, also that of a loading process.
 
     Args:
         say: Gives the message; called where it happened.
 
     Raises:
-        UserError: Out of memory.
+        UserError: Out of memory, or a loading process was killed.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
+        if lost_worker(error):
+            raise UserError(
+                f"a loading process ended ({lost_worker(error)}): free some memory, give fewer --workers, or more "
+                f"shared memory (of Docker: --shm-size)."
+            ) from error
         if not lacks_memory(error):
             raise
         raise UserError(say()) from error

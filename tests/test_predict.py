@@ -314,6 +314,16 @@ def test_folders_without_access_are_named(photos, monkeypatch):
         find_pictures([str(photos)])
 
 
+def test_a_loading_process_that_is_killed_is_told(command, folder, photos, monkeypatch):
+    def killed(*arguments, **settings):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...\nmore")
+
+    monkeypatch.setattr("tasn_timm.predict.predict", killed)
+    code, _, err = command(folder, photos)
+    expected = "a loading process ended (DataLoader worker (pid 7) is killed by signal: Bus error."
+    assert code == 2 and expected in err and "--shm-size" in err and "Traceback" not in err
+
+
 def test_lack_of_memory_names_the_option(command, folder, photos, monkeypatch):
     def fail(self, images):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..memory import lost_worker
 from .decoding import ORIENTATION, UnreadableImage, decode, open_picture, read, undecoded
 from .split_names import find_split
 from .splits import class_names
@@ -144,9 +145,9 @@ def examine_split(split: datasets.Dataset, name: str, workers: int = 0) -> tuple
                 done += len(batch)
                 bar.update(len(batch))
         except (RuntimeError, MemoryError) as error:
-            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
-                raise  # not the end of a worker
-            reason = "out of memory" if isinstance(error, MemoryError) else str(error).splitlines()[0]
+            reason = "out of memory" if isinstance(error, MemoryError) else lost_worker(error)
+            if reason is None:
+                raise
             raise UserError(
                 f"decoding stopped soon after image {done} of split {name!r} ({reason}): free some memory, or give "
                 f"fewer --workers."
