@@ -203,7 +203,8 @@ class TrainingState:
             self.accelerator.unwrap_model(parts.model, keep_torch_compile=False).load_state_dict(state["model"])
             if parts.average:
                 parts.average.module.load_state_dict(state["average"] or state["model"])
-            mine = [{key: value for key, value in group.items() if key != "params"} for group in _groups(parts)]
+            groups = parts.optimizer.param_groups
+            settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
             parts.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = _short(error)
@@ -216,8 +217,8 @@ class TrainingState:
         else:
             self.position.images = self.plan.images
         if inexact:  # a checkpoint has the settings of then: weight_decay, momentum, lr ...
-            for group, settings in zip(_groups(parts), mine):
-                group.update(settings)
+            for group, own in zip(parts.optimizer.param_groups, settings):
+                group.update(own)
             parts.scheduler.step_update(self.step)
         processes = checkpoint.about["processes"]
         bad_images = [bad for each in processes for bad in each["bad_images"]]
@@ -226,11 +227,6 @@ class TrainingState:
             mine = processes[self.accelerator.process_index]
         self.bad_images.restore(mine["bad_images"], bad_images)
         self.begun = mine["progress"]
-
-
-def _groups(parts: Parts) -> list[dict[str, Any]]:
-    """The optimizer's parameters, and the settings of each group of them."""
-    return parts.optimizer.param_groups
 
 
 def load_weights(resume: str, output: Path, name: str, model: nn.Module, label_names: list[str]) -> None:
