@@ -9,7 +9,7 @@ python train_accelerate.py --help                                      # every o
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -134,29 +134,38 @@ def train(name: str, recipe: Recipe, launch: Launch, accelerator: Accelerator, s
                 return None
             return evaluate(accelerator, built.predict.eval(), loaders[role], stop.check, launch.eval_batches)
 
-        try:
-            while state.goes_on(launch.train_steps):
-                epoch = state.position.epoch
-                progress = train_one_epoch(name, launch, accelerator, built, state, batches, stop)
-                validation = scores("val")
-                run.end_epoch(epoch, state.step, progress, built.parts.rates, validation, probe.measure())
-                if state.position.images < plan.images:
-                    assert state.ends_at(launch.train_steps)
-                    break
-                state.end_epoch()
-        except Interrupted as stopped:
-            if launch.dry_run:
+        with nullcontext() if launch.dry_run else can_go_on():
+            try:
+                while state.goes_on(launch.train_steps):
+                    epoch = state.position.epoch
+                    progress = train_one_epoch(name, launch, accelerator, built, state, batches, stop)
+                    validation = scores("val")
+                    run.end_epoch(epoch, state.step, progress, built.parts.rates, validation, probe.measure())
+                    if state.position.images < plan.images:
+                        assert state.ends_at(launch.train_steps)
+                        break
+                    state.end_epoch()
+            except Interrupted:
+                if not launch.dry_run:
+                    state.save()
                 raise
-            state.save()
-            raise Interrupted(f"{stopped}; --resume auto goes on", stopped.number) from None
-        if "test" in loaders:
-            run.load_best()
-            run.finish(state.step, state.planned_steps, state.inexact, scores("test"))
+            if "test" in loaders:
+                run.load_best()
+                run.finish(state.step, state.planned_steps, state.inexact, scores("test"))
     if launch.dry_run:
         state.resume("auto")
         accelerator.print(estimate(recipe, plan, progress, loaders, run.test_scores or validation, run.folder))
     accelerator.free_memory()
     return run
+
+
+@contextmanager
+def can_go_on() -> Iterator[None]:
+    """Say of what a signal ends that it can be gone on with."""
+    try:
+        yield
+    except Interrupted as stopped:
+        raise Interrupted(f"{stopped}; --resume auto goes on", stopped.number) from None
 
 
 def train_one_epoch(
@@ -210,7 +219,7 @@ def train_one_epoch(
         state.position.images += group
         parts.scheduler.step_update(state.step)
         if parts.average:
-            parts.average.update(accelerator.unwrap_model(parts.model, keep_torch_compile=False))
+            parts.average.update(accelerator.unwrap_model(parts.model, keep_torch_compile=False), state.step)
         progress.add(dict(grad_norm=norm))
         progress.end_step(group)
         if crosses(recipe.log_interval, index + 1 - plan.passes_of(group), index + 1):

@@ -517,7 +517,7 @@ def test_the_best_model_is_restored_from_the_checkpoint(train, interrupted, expe
         ["--val-split", "null"],
         ["--batch-size", "20", "--no-drop-last"],  # the last step of an epoch is short
         pytest.param(
-            "--opt sgd --freeze backbone=1 --sched poly --warmup-epochs 1 --aa rand-m5-inc1".split(),
+            "--opt sgd --freeze backbone=1 --sched tanh --warmup-epochs 1 --aa rand-m5-inc1".split(),
             marks=pytest.mark.slow,
         ),
     ],

@@ -187,7 +187,8 @@ def build_parts(recipe: Recipe, model: nn.Module, updates: int, data_config: dic
         optimizer=optimizer,
         scheduler=scheduler,
         normalize=Normalize(data_config["mean"], data_config["std"], isinstance(model, TASN) and mix is None),
-        average=ModelEmaV3(model, decay=recipe.model_ema_decay) if recipe.model_ema_decay else None,
+        # With a warm-up, without which much of the first weights would be left of a short training.
+        average=ModelEmaV3(model, recipe.model_ema_decay, use_warmup=True) if recipe.model_ema_decay else None,
         mix=mix,
         freeze=FreezeSchedule(model, recipe.freeze, recipe.epochs),
     )
