@@ -1,9 +1,7 @@
 """The curves of a training, from the metrics.jsonl of its folder, with matplotlib (extra "plot")."""
 
-import json
 import math
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -16,33 +14,6 @@ Line = dict[str, Any]  # of metrics.jsonl
 COLUMNS = 3
 
 
-def read_metrics(run: Path) -> list[Line]:
-    """Read what a run, finished or not, has logged.
-
-    Args:
-        run: Its folder.
-
-    Raises:
-        UserError: There is no metrics.jsonl, it is damaged, or nothing is in it yet.
-    """
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"{str(run)!r} has no metrics.jsonl: give the folder of a run, such as runs/synthbirds.")
-    try:
-        texts = path.read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be read ({error.strerror}): give another run.") from error
-    lines = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            lines.append(json.loads(text))
-        except ValueError as error:
-            raise UserError(f"line {number} of {str(path)!r} is damaged: {error}. Remove it.") from error
-    if not any("train" in line for line in lines):
-        raise UserError(f"{str(path)!r} has no line of training yet: wait for the first epoch.")
-    return lines
-
-
 def curves_figure(lines: list[Line], title: str) -> Figure:
     """Draw loss, accuracy, learning rate, gradient and what the sampler does over the optimizer's steps.
 
@@ -50,9 +21,14 @@ def curves_figure(lines: list[Line], title: str) -> Figure:
     were not finite are gaps. What a run does not have, as the zoom of a plain model, is left out.
 
     Args:
-        lines: From `read_metrics`.
+        lines: From `finished_run.read_metrics`.
         title: Of the figure.
+
+    Raises:
+        UserError: Nothing is in it yet.
     """
+    if not any("train" in line for line in lines):
+        raise UserError("the run has no line of training yet: wait for the first epoch.")
     drawn = [(name, draw) for name, (has, draw) in _PANELS.items() if any(has(line) for line in lines)]
     columns = min(COLUMNS, len(drawn))
     rows = math.ceil(len(drawn) / columns)

@@ -85,6 +85,7 @@ class Row(NamedTuple):
     contender: str
     row: str  # what it is called there
     paper: float | None = None  # the paper's accuracy of what it stands for, per cent
+    first: bool = False  # of rows that are compared with each other, and not with those above
 
 
 class Table(NamedTuple):

@@ -2,7 +2,7 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,8 +14,7 @@ def report(plan: Plan, results: Mapping[str, Sequence[Result]]) -> str:
     tables = [table for table in plan.tables.values() if sum(row.contender in results for row in table.rows) > 1]
     sections = [_section(table, results) for table in tables]
     every = [result for name in plan.contenders for result in results.get(name, ())]
-    gaps = [gap for table in tables for gap in _gaps(table, results)]
-    intervals = sum(gap is not None and gap.half is not None for gap in gaps)
+    intervals = len({pair for table in tables for pair in _intervals(table, results)})
     picture = f"![A dot for each run, and the mean, in orange, for each row of the tables below]({FIGURE})"
     head = [_HEAD.format(runs=len(every), intervals=intervals), _machines(every), picture]
     return "\n\n".join([*head, *_targets(plan.targets, results), *sections]) + "\n"
@@ -34,10 +33,11 @@ Accuracy is top-1 of the test split, read once at the end of each run, of the ep
 split: mean and standard deviation over the seeds, then each of them. "Difference" is paired by seed, to the row above
 unless the heading says to what, with its 95 % interval (Student's). Where that leaves out 0, with three seeds at least,
 the order of the two rows is decided; "undecided" does not mean that they are equal. The intervals are over seeds alone:
-the test pictures are the same for all. Three seeds mean 4.3 standard errors to either side, and of the {intervals}
-intervals here about one in twenty leaves out the truth. "MFLOPs" are of a picture at inference, convolutions and
-matrix products, 2 per multiply-add. "Rising" is how far the mean validation accuracy of the last eighth of the epochs
-is above that of the eighth before; much above 0 means that the contender was not trained out."""
+the test pictures are the same for all. Three seeds mean 4.3 standard errors to either side. Of the {intervals} pairs
+that the tables compare about one in twenty has an interval that leaves out the truth; many share a contender, and err
+together. "MFLOPs" are of a picture at inference, convolutions and matrix products, 2 per multiply-add. "Rising" is how
+far the mean validation accuracy of the last eighth of the epochs is above that of the eighth before; much above 0 means
+that the contender was not trained out."""
 
 
 def _machines(results: Iterable[Result]) -> str:
@@ -98,15 +98,26 @@ def _section(table: Table, results: Mapping[str, Sequence[Result]]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _gaps(table: Table, results: Mapping[str, Sequence[Result]]) -> list[Difference | None]:
-    """Of each row to the one above it, or to the contender that all are compared with; none in tuning."""
+def _others(table: Table) -> list[str | None]:
+    """What each row is compared with: the one above it, or the contender that all are; nothing in tuning."""
     names = [row.contender for row in table.rows]
     others = [table.against] * len(names) if table.against or table.tuning else [None, *names[:-1]]
-    pairs = zip(names, others)
+    return [None if row.first or other == row.contender else other for row, other in zip(table.rows, others)]
+
+
+def _gaps(table: Table, results: Mapping[str, Sequence[Result]]) -> list[Difference | None]:
+    """Of each row to what it is compared with."""
     return [
-        None if other in (None, name) else difference((results.get(name, ()), results.get(other, ())))
-        for name, other in pairs
+        None if other is None else difference((results.get(row.contender, ()), results.get(other, ())))
+        for row, other in zip(table.rows, _others(table))
     ]
+
+
+def _intervals(table: Table, results: Mapping[str, Sequence[Result]]) -> Iterator[frozenset[str]]:
+    """Pairs of contenders whose difference has an interval."""
+    for row, other, gap in zip(table.rows, _others(table), _gaps(table, results)):
+        if gap is not None and gap.half is not None:
+            yield frozenset((row.contender, other))
 
 
 def _cells(table: Table, row: Row, runs: Sequence[Result], gap: Difference | None) -> tuple[str, ...]:

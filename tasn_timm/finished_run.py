@@ -103,6 +103,30 @@ class FinishedRun(NamedTuple):
         return self.dataset[0] == other.data
 
 
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Read what a run has logged, see `training.run.Run`; a last line that a crash has torn is left out.
+
+    Raises:
+        UserError: There is nothing, it cannot be read, or a line before the last is damaged.
+    """
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{str(folder)!r} has no metrics.jsonl: give the folder of a run, such as runs/synthbirds.")
+    try:
+        texts = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be read ({error.strerror}): give another run.") from error
+    lines = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError as error:
+            if number == len(texts):
+                break
+            raise UserError(f"line {number} of {str(path)!r} is damaged: {error}. Remove it.") from error
+    return lines
+
+
 def read_run(folder: Path) -> FinishedRun:
     """Read the folder of a run that has ended with its test.
 
@@ -112,8 +136,7 @@ def read_run(folder: Path) -> FinishedRun:
     recipe_file, metrics = folder / "recipe.yaml", folder / "metrics.jsonl"
     if not (folder / "best" / CONFIG).is_file() or not recipe_file.is_file() or not metrics.is_file():
         raise UserError(f"{str(folder)!r} is no folder of a run with best/, recipe.yaml and metrics.jsonl: give one.")
-    lines = metrics.read_text().splitlines()
-    last = json.loads(lines[-1]) if lines else {}
+    last = (read_metrics(folder) or [{}])[-1]
     if not {"test", "planned_steps", "inexact"} <= last.keys():
         raise UserError(
             f"run {str(folder)!r} has no final evaluation, and a model is published with one: let it end (--resume "

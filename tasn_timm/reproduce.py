@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -20,7 +19,7 @@ from .data.transforms import eval_transform
 from .errors import UserError
 from .evidence import Contender, Result, same_options, what_counts
 from .files import digest
-from .finished_run import read_run
+from .finished_run import read_metrics, read_run
 from .hub import load_model
 from .recipe import Recipe, load_recipe, recipe_name
 from .tasn import TASN
@@ -57,9 +56,11 @@ def train(contender: Contender, seed: int, folder: Path, script: Path, start: Pa
     """
     output = folder.parent
     recipe = contender.recipe_of(seed)
+    recipe_file = output / f"{folder.name}.yaml"
     known, weights = output / START, digest(start / "best" / WEIGHTS) if start else ""
     if (folder / "recipe.yaml").is_file():
-        if not same_options(what_counts(load_recipe(str(folder / "recipe.yaml"))), recipe):
+        # Not its own recipe.yaml, which names data of the Hub with their commit.
+        if not same_options(what_counts(load_recipe(str(recipe_file))), recipe):
             raise UserError(f"{str(folder)!r} has a run of other options: remove it, and it is run again.")
         if start and (not known.is_file() or known.read_text() != weights):
             raise UserError(f"{str(folder)!r} has a run from another start: remove it, and it is run again.")
@@ -71,7 +72,6 @@ def train(contender: Contender, seed: int, folder: Path, script: Path, start: Pa
             if start:
                 known.write_text(weights)
             placed = replace(recipe, output=str(output), initial_checkpoint=start and str(start))
-            recipe_file = output / f"{folder.name}.yaml"
             recipe_file.write_text(yaml.safe_dump(asdict(placed), sort_keys=False))
             _launch([str(script), "--recipe", str(recipe_file), "--resume", "auto"], output / "log.txt")
     except Timeout:
@@ -79,14 +79,7 @@ def train(contender: Contender, seed: int, folder: Path, script: Path, start: Pa
 
 
 def _has_ended(folder: Path) -> bool:
-    return any("test" in line for line in _metrics(folder))
-
-
-def _metrics(folder: Path) -> list[dict[str, Any]]:
-    """Lines of a run's log; none before it has one, and without the last one where a crash has torn it."""
-    file = folder / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return (folder / "metrics.jsonl").is_file() and any("test" in line for line in read_metrics(folder))
 
 
 def _launch(arguments: list[str], log: Path) -> None:
@@ -111,7 +104,7 @@ def read_off(contender: Contender, seed: int, folder: Path, start: Path | None) 
     Raises:
         UserError: It has not ended as its recipe says: cut short, or resumed with other settings.
     """
-    run, metrics, model = read_run(folder), _metrics(folder), load_model(str(folder))
+    run, metrics, model = read_run(folder), read_metrics(folder), load_model(str(folder))
     if run.steps < run.planned_steps or run.inexact:
         raise UserError(f"run {str(folder)!r} was cut short or resumed inexactly: remove it, and it is run again.")
     epochs = [line for line in metrics if "epoch" in line]

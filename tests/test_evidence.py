@@ -141,7 +141,7 @@ def test_the_report_has_every_figure():
     assert text.index("Before.") < text.index("| row a") < text.index("After.")
     assert "of 6 runs" in text
     assert "Made by x86_64 cpu AVX2, bf16, torch 2, timm 1, accelerate 1: 6 runs, of commits 0123456789+ (6)." in text
-    assert "of the 1\nintervals" in text
+    assert "Of the 1 pairs" in text
 
 
 def test_all_rows_can_be_compared_with_one():
@@ -158,7 +158,7 @@ def test_tuning_shows_the_best_validation_accuracy_of_one_seed():
     text = report(tuning, found)
     assert "| validation top-1 |" in text
     assert "| row a (`a`) | 81.0 | 15.4 |" in text and "| row b (`b`) | 70.0 | 15.4 |" in text
-    assert "of the 0\nintervals" in text
+    assert "Of the 0 pairs" in text
     assert not any(part.axes for part in evidence_figure(tuning, found).subfigs)
 
 

@@ -48,6 +48,7 @@ class Trainings:
     def __init__(self, failing: tuple[str, int] | None = None) -> None:
         self.failing = failing
         self.asked: list[tuple[str, int]] = []
+        self.weights: str | None = None  # other ones than usual
 
     def train(self, contender, seed, folder, script, start) -> None:
         assert (start is None) == (contender.start is None) and (start is None or (start / "best").is_dir())
@@ -68,6 +69,7 @@ class Trainings:
             options=evidence.what_counts(contender.recipe_of(seed)),
             start=contender.start,
             start_weights=contender.start and f"{contender.start} {seed}",
+            **(dict(weights=self.weights) if self.weights else {}),
         )
 
 
@@ -158,6 +160,22 @@ def test_the_list_says_what_is_to_do_and_does_nothing(here, trainings, capsys):
         ["one", "low", "0", "2"], ["one", "high", "0", "2"], ["two", "high", "0", "2"],
     ]  # fmt: skip
     assert lines[-1] == "5 runs to do" and len(trainings.asked) == 3
+
+
+def test_a_start_that_turns_out_otherwise_does_not_take_the_place_of_the_known_one(here, trainings, capsys):
+    """Its folder is gone, and another machine trains other weights: results made from the old ones stay as they are."""
+    assert command("one", "--seeds", "0") == 0
+    shutil.rmtree(here / "runs")
+    before, asked = kept(here), len(trainings.asked)
+    (here / "results/high.seed0.json").unlink()
+    assert command("one", "--seeds", "0", "--list") == 0
+    assert capsys.readouterr().out.endswith("2 runs to do\n"), "the start once more, and what is gone"
+    trainings.weights = "of another machine"
+    assert command("one", "--seeds", "0") == 2
+    assert "base seed 0: trained again here, it is another model than 1 result" in capsys.readouterr().err
+    assert len(trainings.asked) == asked + 1 and kept(here) == before - {"high.seed0.json"}
+    trainings.weights = None
+    assert command("one", "--seeds", "0") == 0 and kept(here) == before
 
 
 def test_a_result_of_another_plan_is_refused(here, trainings, capsys):
@@ -278,7 +296,8 @@ def test_a_run_from_another_start_is_not_taken_for_this_one_s(tmp_path):
     contender, folder, start = evidence.Contender("a", "synthbirds", {}, "b"), tmp_path / "a/run", tmp_path / "b/run"
     for path in (folder, start / "best"):
         path.mkdir(parents=True)
-    save_recipe(contender.recipe_of(0), folder / "recipe.yaml")
+    for file in (folder / "recipe.yaml", folder.with_suffix(".yaml")):
+        save_recipe(contender.recipe_of(0), file)
     (folder / "metrics.jsonl").write_text(json.dumps(dict(test={})) + "\n")
     (start / "best/model.safetensors").write_bytes(b"weights")
     (folder.parent / "start.sha256").write_text(hashlib.sha256(b"weights").hexdigest())

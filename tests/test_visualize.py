@@ -15,10 +15,11 @@ from PIL import Image
 
 from tasn_timm import cli
 from tasn_timm.attention_sampler import axis_densities, balance_axes
-from tasn_timm.curves import curves_figure, read_metrics
+from tasn_timm.curves import curves_figure
 from tasn_timm.data.synthbirds import draw
 from tasn_timm.errors import UserError, run_command
 from tasn_timm.figures import _choose_channels, attention_figure, channels_figure, sampling_figure
+from tasn_timm.finished_run import read_metrics
 from tasn_timm.gaze import look
 from tasn_timm.hub import load_model, save_folder
 from tasn_timm.trilinear_attention import trilinear_attention
@@ -222,19 +223,24 @@ def test_curves_leave_out_what_a_run_does_not_have(tmp_path):
     assert data(axes["learning rate"])[1] == [[20, 40], [0.01, 0.01]]
 
 
+def test_a_last_line_that_a_crash_has_torn_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train": {}}\n{"step": 2, "tr')
+    assert read_metrics(tmp_path) == [dict(step=1, train={})]
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
         (None, "has no metrics.jsonl: give the folder of a run"),
         ("", "has no line of training yet: wait for the first epoch"),
-        ('{"step": 1, "train": {}}\n{"step": 2, "tr', "line 2 of .* is damaged: .* Remove it"),
+        ('{"step": 1, "tr\n{"step": 2, "train": {}}\n', "line 1 of .* is damaged: .* Remove it"),
     ],
 )
 def test_a_folder_without_curves_is_refused(tmp_path, lines, message):
     if lines is not None:
         (tmp_path / "metrics.jsonl").write_text(lines)
     with pytest.raises(UserError, match=message):
-        read_metrics(tmp_path)
+        curves_figure(read_metrics(tmp_path), "run")
 
 
 BEGINNINGS = dict(png=b"\x89PNG", svg=b"<?xml", pdf=b"%PDF")

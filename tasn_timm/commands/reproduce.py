@@ -61,6 +61,8 @@ def run(options: argparse.Namespace) -> None:
     results = {(each.contender, each.seed): each for runs in read_results(options.results).values() for each in runs}
     _check_same(plan, results, options.results)
     jobs = [job for job in _jobs(plan, tables, options.seeds) if job not in results]
+    runner = _Runner(plan, results, options)
+    jobs = [*runner.lost_starts(jobs), *jobs]
     if options.list:
         print(_listing(plan, tables, options.seeds, results, len(jobs)))
         return
@@ -75,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"folder {str(folder)!r} cannot be made ({error.strerror}): choose another.") from error
-    _Runner(plan, results, options).run_all(jobs)
+    runner.run_all(jobs)
     _write_report(plan, options.results)
     print(f"{options.results / 'RESULTS.md'} written")
 
@@ -99,13 +101,15 @@ class _Runner:
         self.results = results
         self.options = options
 
+    def lost_starts(self, jobs: list[Job]) -> list[Job]:
+        """Runs that jobs start from which have a result, but whose model is not there."""
+        starts = dict.fromkeys(self.start_of(job) for job in jobs)
+        return [job for job in starts if job in self.results and not (self.folder(job) / "best").is_dir()]
+
     def run_all(self, jobs: list[Job]) -> None:
         """Run jobs; each after the one that it starts from."""
-        lost = {self.start_of(job) for job in jobs if self.start_of(job) in self.results}
-        waiting = [job for job in lost if not (self.folder(job) / "best").is_dir()]  # a result without its model
-        for job in waiting:
-            del self.results[job]
-        waiting += jobs
+        waiting = list(jobs)
+        known = {job: self.results.pop(job) for job in jobs if job in self.results}  # `lost_starts`
         running: dict[Future, Job] = {}
         with ThreadPoolExecutor(self.options.jobs) as pool, tqdm(total=len(waiting), unit="run", **BAR) as bar:
             try:
@@ -116,7 +120,7 @@ class _Runner:
                         running[pool.submit(self.train, job)] = job
                     bar.set_postfix_str(", ".join(f"{name} seed {seed}" for name, seed in running.values()))
                     for done in wait(running, return_when=FIRST_COMPLETED).done:
-                        self.finish(done, running.pop(done), bar)
+                        self.finish(done, job := running.pop(done), known.get(job), bar)
             except KeyboardInterrupt:
                 bar.write(f"waiting for {counted(len(running), 'training')} to save", file=sys.stderr)
                 raise
@@ -124,7 +128,7 @@ class _Runner:
                 bar.write(f"waiting for the end of {counted(len(running), 'training')}", file=sys.stderr)
                 for done, job in running.items():
                     with suppress(UserError):
-                        self.finish(done, job, bar)
+                        self.finish(done, job, known.get(job), bar)
                 raise
 
     def train(self, job: Job) -> None:
@@ -134,8 +138,8 @@ class _Runner:
         name, seed = job
         train(self.plan.contenders[name], seed, self.folder(job), self.options.script, self.start_folder(job))
 
-    def finish(self, done: Future, job: Job, bar: tqdm) -> None:
-        """Keep the result of a training that has ended, once it has."""
+    def finish(self, done: Future, job: Job, before: "Result | None", bar: tqdm) -> None:
+        """Keep the result of a training that has ended, once it has; `before` is that of a `lost_starts`."""
         from ..evidence import write_result
         from ..reproduce import read_off
 
@@ -145,6 +149,12 @@ class _Runner:
             result = read_off(self.plan.contenders[name], seed, self.folder(job), self.start_folder(job))
         except UserError as error:
             raise UserError(f"{name} seed {seed}: {error}") from error
+        if before and before.weights != result.weights:
+            made = sum(each.start == name and each.seed == seed for each in self.results.values())
+            raise UserError(
+                f"{name} seed {seed}: trained again here, it is another model than {counted(made, 'result')} in "
+                f"{str(self.options.results)!r} started from: use --results with a folder of your own."
+            )
         write_result(self.options.results, result)
         self.results[job] = result
         _write_report(self.plan, self.options.results)

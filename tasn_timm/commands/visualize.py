@@ -82,7 +82,8 @@ def _check_options(options: argparse.Namespace, output: Path) -> None:
 
 
 def _draw_curves(run: Path) -> Figure:
-    from ..curves import curves_figure, read_metrics
+    from ..curves import curves_figure
+    from ..finished_run import read_metrics
 
     return curves_figure(read_metrics(run), run.name)
 
