@@ -141,8 +141,18 @@ class AttentionNet(nn.Module):
         ).train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the backbone's activations in the backward pass to save memory."""
-        self._model.set_grad_checkpointing(enable)
+        """Recompute the backbone's activations in the backward pass to save memory.
+
+        Raises:
+            UserError: The backbone cannot (HRNet, CrossViT).
+        """
+        try:
+            self._model.set_grad_checkpointing(enable)
+        except (AssertionError, AttributeError) as error:  # timm's ways to say so
+            raise UserError(
+                f"the attention net's backbone does not take gradient checkpointing ({error}): "
+                f"model.backbone.set_grad_checkpointing() is for the other one alone."
+            ) from error
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that the backbone does not want decayed."""
@@ -193,7 +203,7 @@ def attention_layout(name: str, backbone: str | None = None, arguments: dict | N
     if (saved := arguments.pop("layout", name)) != name:
         raise UserError(
             f"attention_net={name!r} has no effect beside the attention_args of a saved {saved!r} net, which are "
-            f"complete: leave it out, or give attention_args={{}} for a new net."
+            f"complete: leave it out, or create a new model."
         )
     if backbone is None:
         return PRESETS[name] | arguments

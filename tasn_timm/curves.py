@@ -28,7 +28,7 @@ def curves_figure(lines: list[Line], title: str) -> Figure:
         UserError: Nothing is in it yet.
     """
     if not any("train" in line for line in lines):
-        raise UserError("the run has no line of training yet: wait for the first epoch.")
+        raise UserError(f"run {title!r} has no line of training yet: wait for the first epoch.")
     drawn = [(name, draw) for name, (has, draw) in _PANELS.items() if any(has(line) for line in lines)]
     columns = min(COLUMNS, len(drawn))
     rows = math.ceil(len(drawn) / columns)

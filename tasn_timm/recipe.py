@@ -140,7 +140,8 @@ class Recipe:
     )
     model_ema_decay: float | None = _option(
         None,
-        "decay of an average of the weights, which is then what is evaluated and saved; null: none",
+        "decay of an average of the weights, which is then what is evaluated and saved; in the first 1 / (1 - decay) "
+        "steps it is their mean; null: none",
         must_be="more than 0 and less than 1",
     )
     sched: Literal["cosine", "tanh", "multistep"] = _option("cosine", "timm scheduler, stepped every update")

@@ -38,6 +38,12 @@ def run_folder(runs: Path, contender: Contender, seed: int) -> Path:
     return (runs / contender.name / f"seed{seed}" / recipe_name(contender.recipe)).absolute()
 
 
+def weights_of(folder: Path) -> str | None:
+    """SHA-256 of the best weights of a run; None where it has none yet."""
+    weights = folder / "best" / WEIGHTS
+    return digest(weights) if weights.is_file() else None
+
+
 def train(contender: Contender, seed: int, folder: Path, script: Path, start: Path | None) -> None:
     """Train a contender with a seed, go on where that was interrupted, or do nothing where it has ended.
 
@@ -57,13 +63,13 @@ def train(contender: Contender, seed: int, folder: Path, script: Path, start: Pa
     output = folder.parent
     recipe = contender.recipe_of(seed)
     recipe_file = output / f"{folder.name}.yaml"
-    known, weights = output / START, digest(start / "best" / WEIGHTS) if start else ""
+    known, weights = output / START, start and weights_of(start)
     if (folder / "recipe.yaml").is_file():
         # Not its own recipe.yaml, which names data of the Hub with their commit.
         if not same_options(what_counts(load_recipe(str(recipe_file))), recipe):
             raise UserError(f"{str(folder)!r} has a run of other options: remove it, and it is run again.")
         if start and (not known.is_file() or known.read_text() != weights):
-            raise UserError(f"{str(folder)!r} has a run from another start: remove it, and it is run again.")
+            raise UserError(f"{str(folder)!r} has not this start, or none known: remove it, and it is run again.")
         if _has_ended(folder):
             return
     output.mkdir(parents=True, exist_ok=True)
@@ -116,8 +122,8 @@ def read_off(contender: Contender, seed: int, folder: Path, start: Path | None) 
         recipe=contender.recipe,
         options=what_counts(contender.recipe_of(seed)),
         start=contender.start,
-        start_weights=start and digest(start / "best" / WEIGHTS),
-        weights=digest(folder / "best" / WEIGHTS),
+        start_weights=start and weights_of(start),
+        weights=weights_of(folder),
         top1=run.test["top1"],
         images=run.test["images"],
         validation=[round(line["validation"]["top1"], 3) for line in epochs],

@@ -275,9 +275,13 @@ class TASN(BackboneClassifier):
     # Where timm's contract, which `BackboneClassifier` fulfils, has to reach the attention net as well.
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the activations of backbone and attention net in the backward pass to save memory."""
-        super().set_grad_checkpointing(enable)
+        """Recompute the activations of backbone and attention net in the backward pass to save memory.
+
+        Raises:
+            UserError: The attention net's backbone cannot; nothing is changed then.
+        """
         self.attention_net.set_grad_checkpointing(enable)
+        super().set_grad_checkpointing(enable)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that backbone or attention net do not want decayed."""

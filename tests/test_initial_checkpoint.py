@@ -1,5 +1,6 @@
 """A model that starts from another one: which weights it takes, and which models it refuses."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,20 @@ def test_synchronised_norms_do_not_take_the_place_of_the_details_own():
     kwargs = ARGUMENTS | dict(split_bn=True)
     with pytest.raises(ValueError, match="sync_bn would take the place of split_bn's norms"):
         build_model(Recipe(model="tasn", model_kwargs=kwargs, img_size=64, sync_bn=True), 5)
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_the_licence_is_that_of_what_a_model_starts_from(tmp_path, monkeypatch, pretrained):
+    folder = saved(tmp_path / "tasn", "tasn", **ARGUMENTS)
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"]["license"] = "cc-by-nc-4.0"
+    (folder / "config.json").write_text(json.dumps(config))
+    create = timm.create_model  # without a network
+    monkeypatch.setattr("timm.create_model", lambda name, pretrained, **kwargs: create(name, **kwargs))
+    recipe = dict(model="tasn", model_kwargs=ARGUMENTS, img_size=64, pretrained=pretrained)
+    licenses = [
+        build_model(Recipe(**recipe, initial_checkpoint=start), classes=3).pretrained_cfg["license"]
+        for start in (None, str(folder))
+    ]
+    own = timm.get_pretrained_cfg("test_resnet").license
+    assert licenses == ([own, None] if pretrained else [None, "cc-by-nc-4.0"]), "of two it is not known"

@@ -470,6 +470,15 @@ def test_gradient_checkpointing_changes_nothing():
     torch.testing.assert_close(model(image), expected)
 
 
+def test_an_attention_net_without_gradient_checkpointing_is_named():
+    model = TASN(**TINY | dict(attention_backbone="hrnet_w18_small", attention_net="lite"))
+    with pytest.raises(
+        ValueError, match="the attention net's backbone does not take gradient checkpointing .*not supp"
+    ):
+        model.set_grad_checkpointing()
+    assert not model.backbone.grad_checkpointing
+
+
 @pytest.mark.parametrize("factory", [dict(device="meta"), dict(dtype=torch.bfloat16)])
 def test_device_and_dtype_reach_every_tensor(factory):
     model = TASN(**TINY, **factory)

@@ -102,9 +102,12 @@ class _Runner:
         self.options = options
 
     def lost_starts(self, jobs: list[Job]) -> list[Job]:
-        """Runs that jobs start from which have a result, but whose model is not there."""
+        """Runs that jobs start from which have a result, but whose model is not there, or another one is."""
+        from ..reproduce import weights_of
+
         starts = dict.fromkeys(self.start_of(job) for job in jobs)
-        return [job for job in starts if job in self.results and not (self.folder(job) / "best").is_dir()]
+        known = {job: self.results[job].weights for job in starts if job in self.results}
+        return [job for job, weights in known.items() if weights_of(self.folder(job)) != weights]
 
     def run_all(self, jobs: list[Job]) -> None:
         """Run jobs; each after the one that it starts from."""

@@ -1,5 +1,6 @@
 """What a recipe says, as objects: the model, and all that trains it."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +23,10 @@ from ..attention_net import backbone_cfg
 from ..data.transforms import Normalize
 from ..errors import UserError
 from ..hub import check_folder, model_folder
+from ..memory import lacks_memory
 from ..recipe import Recipe
 from ..tasn import TASN, structure_norm
-from ..weights import weights_in
+from ..weights import CONFIG, weights_in
 from .evaluation import count_flops
 from .freezing import FreezeSchedule
 from .objective import Objective, create_objective
@@ -82,13 +84,24 @@ def build_model(recipe: Recipe, classes: int) -> nn.Module:
         )
     if recipe.initial_checkpoint is not None:
         start_from(model, Path(recipe.initial_checkpoint))
-    if not recipe.pretrained or recipe.initial_checkpoint is not None:
-        model.pretrained_cfg["license"] = None  # timm's is of weights that this model did not start from
+    model.pretrained_cfg["license"] = _license(recipe, model)
     if recipe.sync_bn and getattr(model, "split_bn", False):
         raise UserError("sync_bn would take the place of split_bn's norms: leave out one of them.")
     if recipe.sync_bn:
         model = convert_sync_batchnorm(model)
     return model.to(memory_format=torch.channels_last) if recipe.channels_last else model
+
+
+def _license(recipe: Recipe, model: nn.Module) -> str | None:
+    """Licence of the weights that a model starts from; None without any, where it is not known or there are two.
+
+    timm's own is of the pretrained weights, whether they were asked for or not.
+    """
+    licenses = {model.pretrained_cfg.get("license")} if recipe.pretrained else set()
+    if recipe.initial_checkpoint is not None:
+        config = json.loads((model_folder(Path(recipe.initial_checkpoint)) / CONFIG).read_text())
+        licenses.add(config.get("pretrained_cfg", {}).get("license"))
+    return licenses.pop() if len(licenses) == 1 else None
 
 
 def start_from(model: nn.Module, folder: Path) -> None:
@@ -144,6 +157,8 @@ def flops_of(recipe: Recipe, model: nn.Module) -> int:
     except UserError:
         raise
     except (AssertionError, RuntimeError, ValueError) as error:
+        if lacks_memory(error):
+            raise
         reason = " ".join(str(error).split())
         raise UserError(
             f"{recipe.model} does not take pictures of img_size {recipe.img_size}: {reason} Use another img_size here, "
@@ -187,8 +202,10 @@ def build_parts(recipe: Recipe, model: nn.Module, updates: int, data_config: dic
         optimizer=optimizer,
         scheduler=scheduler,
         normalize=Normalize(data_config["mean"], data_config["std"], isinstance(model, TASN) and mix is None),
-        # With a warm-up, without which much of the first weights would be left of a short training.
-        average=ModelEmaV3(model, recipe.model_ema_decay, use_warmup=True) if recipe.model_ema_decay else None,
+        # With power 1 the decay of step n is at most (n - 1) / n, which makes the mean of all weights so far. Without a
+        # warm-up much of the first weights would be left of a short training.
+        average=recipe.model_ema_decay
+        and ModelEmaV3(model, recipe.model_ema_decay, use_warmup=True, warmup_gamma=1.0, warmup_power=1.0),
         mix=mix,
         freeze=FreezeSchedule(model, recipe.freeze, recipe.epochs),
     )

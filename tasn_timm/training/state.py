@@ -171,11 +171,11 @@ class TrainingState:
                 f"Start it as before, leave out --resume for a run of its own, or add --resume-inexact to go on with "
                 f"these."
             )
-        if differences:
-            self.accelerator.print(f"resuming inexactly:\n\n{_table(differences)}\n")
         if "opt" in differences:
             then, now = differences["opt"]
             raise UserError(f"opt cannot change on the way, not even inexactly: {now} has no use for {then}'s state.")
+        if differences:
+            self.accelerator.print(f"resuming inexactly:\n\n{_table(differences)}\n")
         self._restore(newest, inexact=bool(differences))
         self.inexact = [*newest.about["inexact"], *([differences] if differences else [])]
         if self.accelerator.is_main_process:
