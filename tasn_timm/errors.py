@@ -43,6 +43,7 @@ class Parser(argparse.ArgumentParser):
     """Tells mistakes in one line."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise a UserError, where argparse would print its usage and exit."""
         raise UserError(f"{message}: see {self.prog} --help.")
 
 
