@@ -33,9 +33,9 @@ def lack_of_memory(say: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if lost_worker(error):
+        if reason := lost_worker(error):
             raise UserError(
-                f"a loading process ended ({lost_worker(error)}): free some memory, give fewer --workers, or more "
+                f"a loading process ended ({reason}): free some memory, give fewer --workers, or more "
                 f"shared memory (of Docker: --shm-size)."
             ) from error
         if not lacks_memory(error):
