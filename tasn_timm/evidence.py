@@ -23,7 +23,6 @@ from .recipe import FREE_OPTIONS, Recipe, load_recipe
 FILE = Path(__file__).with_name("evidence.yaml")
 REPORT, FIGURE = "RESULTS.md", "RESULTS.png"
 CONFIDENCE = 0.95
-TUNING_SEED = 0
 FEWEST = 3  # seeds from which an order of two rows is decided
 RESERVED = ("seed", "output", "initial_checkpoint", "compare")  # options that a run has from elsewhere
 
@@ -98,11 +97,13 @@ class Table(NamedTuple):
     finding: str = ""  # what we read out of it
     against: str | None = None  # contender that all others are compared with; None: each with the row above
     views: bool = False  # whether to show the accuracy of each classifier on each view
-    tuning: bool = False  # settings that are chosen between: on the validation split, with `TUNING_SEED` alone
+    tuning: bool = False  # settings that are chosen between: on the validation split
+    seeds: Sequence[int] = (0, 1, 2)  # of each row; a contender may have more of them elsewhere
 
-    def takes(self, seed: int) -> bool:
-        """Whether runs of a seed are in it."""
-        return not self.tuning or seed == TUNING_SEED
+    def take(self, results: "Results") -> "Results":
+        """Those of its seeds."""
+        taken = {name: [run for run in runs if run.seed in self.seeds] for name, runs in results.items()}
+        return {name: runs for name, runs in taken.items() if runs}
 
     def accuracy(self, result: "Result") -> float:
         """What the table shows of a run, per cent: of the test split, or in tuning of the best epoch's validation."""
@@ -195,6 +196,9 @@ def _contender(name: str, given: dict[str, Any]) -> Contender:
     return Contender(name, given["recipe"], options, given.get("start"))
 
 
+Results = Mapping[str, Sequence[Result]]  # of each contender, by seed
+
+
 def result_file(folder: Path, contender: str, seed: int) -> Path:
     """Where the result of a run is kept."""
     return folder / f"{contender}.seed{seed}.json"
@@ -206,8 +210,8 @@ def write_result(folder: Path, result: Result) -> None:
     write_whole(result_file(folder, result.contender, result.seed), text, "--results")
 
 
-def read_results(folder: Path) -> dict[str, list[Result]]:
-    """Read what there is: contender -> its results by seed.
+def read_results(folder: Path) -> Results:
+    """Read what there is.
 
     Raises:
         UserError: A file is damaged.

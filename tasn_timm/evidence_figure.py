@@ -1,23 +1,23 @@
 """The tables of evidence as a picture: a dot for each run, with matplotlib (extra "reproduce")."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import mean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .evidence import Plan, Result, Row, Table
+from .evidence import Plan, Results, Row, Table
 
 INK, MUTED, GRID, DOT, MEAN = "#343a40", "#868e96", "#e9ecef", "#1c7ed6", "#e8590c"
 COLUMNS = 2
 ROW, TITLE = 0.24, 0.75  # inches
 
 
-def evidence_figure(plan: Plan, results: Mapping[str, Sequence[Result]]) -> Figure:
+def evidence_figure(plan: Plan, results: Results) -> Figure:
     """Draw every table, but of tuning, of which there are two rows or more: accuracy from left to right."""
     columns: list[list[tuple[Table, list[Row]]]] = [[] for _ in range(COLUMNS)]
     for table in (table for table in plan.tables.values() if not table.tuning):
-        rows = [row for row in table.rows if row.contender in results]
+        rows = [row for row in table.rows if row.contender in table.take(results)]
         if len(rows) > 1:
             min(columns, key=_height).append((table, rows))
     heights = [_height(column) for column in columns]
@@ -36,9 +36,9 @@ def _height(column: Sequence[tuple[Table, Sequence[Row]]]) -> float:
     return sum(TITLE + ROW * len(rows) for _, rows in column)
 
 
-def _draw(axes: Axes, table: Table, rows: Sequence[Row], results: Mapping[str, Sequence[Result]]) -> None:
+def _draw(axes: Axes, table: Table, rows: Sequence[Row], results: Results) -> None:
     for height, row in enumerate(rows):
-        accuracies = [result.top1 for result in results[row.contender]]
+        accuracies = [result.top1 for result in table.take(results)[row.contender]]
         axes.plot(accuracies, [height] * len(accuracies), "o", color=DOT, alpha=0.6, markersize=5, zorder=2)
         axes.plot([mean(accuracies)] * 2, [height - 0.32, height + 0.32], color=MEAN, linewidth=2, zorder=3)
     axes.set_yticks(range(len(rows)), [row.row for row in rows], fontsize=8, color=INK, parse_math=False)

@@ -6,15 +6,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from .evidence import FIGURE, Difference, Plan, Result, Row, Table, Target, difference
+from .evidence import FIGURE, Difference, Plan, Result, Results, Row, Table, Target, difference
 
 
-def report(plan: Plan, results: Mapping[str, Sequence[Result]]) -> str:
+def report(plan: Plan, results: Results) -> str:
     """RESULTS.md: every table of which two rows have been run."""
-    tables = [table for table in plan.tables.values() if sum(row.contender in results for row in table.rows) > 1]
-    sections = [_section(table, results) for table in tables]
+    tables = [(table, table.take(results)) for table in plan.tables.values()]
+    tables = [(table, taken) for table, taken in tables if sum(row.contender in taken for row in table.rows) > 1]
+    sections = [_section(table, taken) for table, taken in tables]
     every = [result for name in plan.contenders for result in results.get(name, ())]
-    intervals = len({pair for table in tables for pair in _intervals(table, results)})
+    intervals = len({pair for table, taken in tables for pair in _intervals(table, taken)})
     picture = f"![A dot for each run, and the mean, in orange, for each row of the tables below]({FIGURE})"
     head = [_HEAD.format(runs=len(every), intervals=intervals), _machines(every), picture]
     return "\n\n".join([*head, *_targets(plan.targets, results), *sections]) + "\n"
@@ -60,7 +61,7 @@ def _machine(environment: Mapping[str, Any]) -> str:
     return f"{place}, {environment['mixed_precision']}, {shown}"
 
 
-def _targets(targets: Iterable[Target], results: Mapping[str, Sequence[Result]]) -> list[str]:
+def _targets(targets: Iterable[Target], results: Results) -> list[str]:
     """A section with a line for each target of which both contenders have been run."""
     rows = [("target", "contenders", "difference", "FLOPs", "verdict")]
     for target in targets:
@@ -85,14 +86,13 @@ def _verdict(target: Target, gap: Difference, share: float) -> str:
     return ("" if ahead.sign else "undecided, by the mean ") + ("met" if ahead.mean >= 0 else "not met")
 
 
-def _section(table: Table, results: Mapping[str, Sequence[Result]]) -> str:
+def _section(table: Table, results: Results) -> str:
     against = next((row.row for row in table.rows if row.contender == table.against), None)
     heading = "difference" if against is None else f"difference to {against}"
     top1 = "validation top-1" if table.tuning else "top-1"
     rows = [("", "paper", top1, "seeds", heading, "MFLOPs", "rising")]
     for row, gap in zip(table.rows, _gaps(table, results)):
-        runs = [run for run in results.get(row.contender, ()) if table.takes(run.seed)]
-        rows.append(_cells(table, row, runs, gap))
+        rows.append(_cells(table, row, results.get(row.contender, ()), gap))
     parts = [f"## {table.title}", table.about.strip(), _markdown(rows)]
     parts += [_views(table, results), _agreement(table, results), table.finding.strip()]
     return "\n\n".join(part for part in parts if part)
@@ -105,7 +105,7 @@ def _others(table: Table) -> list[str | None]:
     return [None if row.first or other == row.contender else other for row, other in zip(table.rows, others)]
 
 
-def _gaps(table: Table, results: Mapping[str, Sequence[Result]]) -> list[Difference | None]:
+def _gaps(table: Table, results: Results) -> list[Difference | None]:
     """Of each row to what it is compared with."""
     return [
         None if other is None else difference((results.get(row.contender, ()), results.get(other, ())))
@@ -113,7 +113,7 @@ def _gaps(table: Table, results: Mapping[str, Sequence[Result]]) -> list[Differe
     ]
 
 
-def _intervals(table: Table, results: Mapping[str, Sequence[Result]]) -> Iterator[frozenset[str]]:
+def _intervals(table: Table, results: Results) -> Iterator[frozenset[str]]:
     """Pairs of contenders whose difference has an interval."""
     for row, other, gap in zip(table.rows, _others(table), _gaps(table, results)):
         if gap is not None and gap.half is not None:
@@ -144,7 +144,7 @@ def _markdown(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join([head, "|" + "---|" * len(columns), *body])
 
 
-def _views(table: Table, results: Mapping[str, Sequence[Result]]) -> str:
+def _views(table: Table, results: Results) -> str:
     """How well each classifier recognises each view of validation pictures, where there is a part net."""
     rows = []
     for row in table.rows if table.views else ():
@@ -157,7 +157,7 @@ def _views(table: Table, results: Mapping[str, Sequence[Result]]) -> str:
     return _markdown([("validation, mean over seeds", *(name.replace("_", " ") for name in means)), *rows])
 
 
-def _agreement(table: Table, results: Mapping[str, Sequence[Result]]) -> str:
+def _agreement(table: Table, results: Results) -> str:
     """Which of the paper's steps from one row to the next are seen, which are contradicted, which are undecided."""
     said: dict[int, list[str]] = {1: [], -1: [], 0: []}
     for pair in pairwise(table.rows):

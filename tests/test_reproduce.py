@@ -109,13 +109,24 @@ def test_everything_is_run_once_and_what_others_start_from_first(here, trainings
     assert "RESULTS.md written" in capsys.readouterr().out
 
 
-def test_of_tables_for_tuning_seed_0_alone_is_run(here, trainings, capsys):
-    tables = dict(PLAN["tables"], one=dict(PLAN["tables"]["one"], tuning=True))
+def test_a_table_has_seeds_of_its_own(here, trainings, capsys):
+    tables = dict(PLAN["tables"], one=dict(PLAN["tables"]["one"], seeds=[1, 3]))
     (here / "plan.yaml").write_text(yaml.safe_dump(dict(PLAN, tables=tables)))
-    assert command("one", "--seeds", "1", "2", "--list") == 0
-    assert capsys.readouterr().out.endswith("0 runs to do\n")
+    assert command("one", "--seeds", "0") == 2
+    assert "--seeds 0: these tables have 1 3. For others, " in capsys.readouterr().err
+    assert command("--seeds", "0", "1") == 0  # of which this one has just the second
+    assert trainings.asked == [("base", 0), ("high", 0), ("other", 0)] + [
+        (name, 1) for name in ("base", "low", "high", "other")
+    ]
+    assert command("one", "--list") == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[-4:-2]] == [
+        ["one", "low", "1", "3"],
+        ["one", "high", "1", "3"],
+    ]
     assert command("one") == 0
-    assert trainings.asked == [(name, 0) for name in ("base", "low", "high")]
+    assert trainings.asked[7:] == [(name, 3) for name in ("base", "low", "high")]
+    one, two = (here / "results" / "RESULTS.md").read_text().split("## Two")
+    assert "| 92.0 ± 1.4 | 91.0, 93.0 |" in one and "| 90.5 ± 0.7 | 90.0, 91.0 |" in two
 
 
 def test_what_has_a_result_is_not_run_again(here, trainings):
@@ -203,7 +214,7 @@ def test_a_recipe_that_makes_no_sense_is_told_before_anything_is_run(here, train
     [
         (["thre"], "unknown table 'thre'"),
         (["--jobs", "0"], "--jobs: must be a whole number, 1 or more, got '0'"),
-        (["--seeds", "1", "1"], "--seeds must be different, got 1 1."),
+        (["--seeds", "1", "7"], "--seeds 7: these tables have 0 1 2. For others, name them in a file of your own"),
         (["--script", "nowhere.py"], "there is no training script 'nowhere.py'"),
         (["--results", "plan.yaml"], "folder 'plan.yaml' cannot be made"),
         (["--runs", "plan.yaml/x"], "folder 'plan.yaml/x' cannot be made"),

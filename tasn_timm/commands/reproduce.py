@@ -19,13 +19,13 @@ from ..tables import counted, table
 from . import at_least
 
 if TYPE_CHECKING:
-    from ..evidence import Plan, Result
+    from ..evidence import Plan, Result, Table
 
 SUMMARY = "train the rows of our tables of evidence and write RESULTS.md"
 EXAMPLES = """examples:
   python -m tasn_timm reproduce --list
   python -m tasn_timm reproduce resolution hard --jobs 2
-  python -m tasn_timm reproduce --seeds 0 1 2 3 4"""
+  python -m tasn_timm reproduce --seeds 0"""
 
 BAR = dict(dynamic_ncols=True, smoothing=0, disable=None)  # no bars without a terminal
 
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     add = parser.add_argument
     add("tables", metavar="TABLE", nargs="*", help="names of tables (default: all)")
-    add("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2], metavar="S", help="of each row (default: 0 1 2)")
+    add("--seeds", type=at_least(0), nargs="+", metavar="S", help="these alone (default: all that each table has)")
     add("--jobs", type=at_least(1), default=1, metavar="N", help="trainings at a time (default: %(default)s)")
     add("--list", action="store_true", help="say what there is to do, and do nothing")
     add("--plan", type=Path, metavar="FILE", help="another file of contenders and tables (default: the package's)")
@@ -52,19 +52,15 @@ def run(options: argparse.Namespace) -> None:
         from ..evidence import FILE, read_plan, read_results
     except ModuleNotFoundError as error:
         raise UserError(f'reproduce needs {error.name}: pip install "tasn_timm[reproduce]".') from error
-    _check_options(options)
     plan = read_plan(options.plan or FILE)
-    for name in options.tables:
-        if name not in plan.tables:
-            raise unknown("table", name, plan.tables)
-    tables = options.tables or list(plan.tables)
+    tables = _tables(plan, options.tables, options.seeds)
     results = {(each.contender, each.seed): each for runs in read_results(options.results).values() for each in runs}
     _check_same(plan, results, options.results)
-    jobs = [job for job in _jobs(plan, tables, options.seeds) if job not in results]
+    jobs = [job for job in _jobs(plan, tables) if job not in results]
     runner = _Runner(plan, results, options)
     jobs = [*runner.lost_starts(jobs), *jobs]
     if options.list:
-        print(_listing(plan, tables, options.seeds, results, len(jobs)))
+        print(_listing(tables, results, len(jobs)))
         return
     for name, seed in jobs:  # a mistake in the plan is told before the first training
         plan.contenders[name].recipe_of(seed)
@@ -82,14 +78,35 @@ def run(options: argparse.Namespace) -> None:
     print(f"{options.results / 'RESULTS.md'} written")
 
 
-def _jobs(plan: "Plan", tables: list[str], seeds: list[int]) -> list[Job]:
-    """Runs that tables need, each once, those that others start from first."""
-    jobs: dict[Job, None] = {}
+def _tables(plan: "Plan", names: list[str], seeds: list[int] | None) -> list["Table"]:
+    """Those that are asked for, or all, each with those of its seeds that are asked for, or all."""
+    for name in names:
+        if name not in plan.tables:
+            raise unknown("table", name, plan.tables)
+    tables = [plan.tables[name] for name in names or plan.tables]
+    if seeds is None:
+        return tables
+    known = _seeds(tables)
     for seed in seeds:
-        for name in tables:
-            for row in plan.tables[name].rows if plan.tables[name].takes(seed) else ():
-                start = plan.contenders[row.contender].start
-                jobs |= dict.fromkeys([*([(start, seed)] if start else []), (row.contender, seed)])
+        if seed not in known:
+            raise UserError(
+                f"--seeds {seed}: these tables have {' '.join(map(str, known))}. For others, name them in a file of "
+                f"your own (`seeds` of a table, --plan)."
+            )
+    return [each._replace(seeds=[seed for seed in each.seeds if seed in seeds]) for each in tables]
+
+
+def _seeds(tables: list["Table"]) -> list[int]:
+    return sorted({seed for each in tables for seed in each.seeds})
+
+
+def _jobs(plan: "Plan", tables: list["Table"]) -> list[Job]:
+    """Runs that tables need, each once, those of the first seed and those that others start from first."""
+    jobs: dict[Job, None] = {}
+    for seed in _seeds(tables):
+        for row in (row for each in tables if seed in each.seeds for row in each.rows):
+            start = plan.contenders[row.contender].start
+            jobs |= dict.fromkeys([*([(start, seed)] if start else []), (row.contender, seed)])
     return list(jobs)
 
 
@@ -193,13 +210,13 @@ def _write_report(plan: "Plan", folder: Path) -> None:
         evidence_figure(plan, results).savefig(aside, format="png", dpi=110)
 
 
-def _listing(plan: "Plan", tables: list[str], seeds: list[int], results: dict[Job, "Result"], left: int) -> str:
+def _listing(tables: list["Table"], results: dict[Job, "Result"], left: int) -> str:
     rows = [("table", "contender", "seeds done", "to do")]
-    for name in tables:
-        for row in plan.tables[name].rows:
-            done = sorted(seed for contender, seed in results if contender == row.contender)
-            to_do = [seed for seed in seeds if seed not in done and plan.tables[name].takes(seed)]
-            rows.append((name, row.contender, *(" ".join(map(str, each)) for each in (done, to_do))))
+    for each in tables:
+        for row in each.rows:
+            done = [seed for seed in each.seeds if (row.contender, seed) in results]
+            to_do = [seed for seed in each.seeds if seed not in done]
+            rows.append((each.name, row.contender, " ".join(map(str, done)), " ".join(map(str, to_do))))
     return f"{table(rows, '<<<<')}\n\n{counted(left, 'run')} to do"
 
 
@@ -217,8 +234,3 @@ def _check_same(plan: "Plan", results: dict[Job, "Result"], folder: Path) -> Non
             f"made with other options, or from another start, than the plan has now: {', '.join(stale)}. Remove these, "
             f"and their folders in --runs, to run them again."
         )
-
-
-def _check_options(options: argparse.Namespace) -> None:
-    if len(set(options.seeds)) < len(options.seeds):
-        raise UserError(f"--seeds must be different, got {' '.join(map(str, options.seeds))}.")
