@@ -372,6 +372,7 @@ def test_a_file_without_weights_names_its_recipe():
         assert config.tasn.recipe or timm.models.get_pretrained_cfg(name).has_weights
 
 
+@pytest.mark.slow
 def test_the_shipped_checkpoint_knows_all_the_birds(no_network):
     config = CONFIGS[SHIPPED]
     weights = HUB_CONFIGS / f"{SHIPPED}.safetensors"

@@ -531,6 +531,7 @@ def in_checkout(checkout: Path, code: str, **variables: str) -> subprocess.Compl
     )
 
 
+@pytest.mark.slow
 def test_the_patch_makes_it_a_named_model(hub, command, birds, checkout, waiting, tmp_path):
     code, out, err = command(birds, "--repo", "me/birds")
     assert code == 0, err
