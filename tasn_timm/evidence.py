@@ -51,10 +51,10 @@ class Contender(NamedTuple):
         return recipe
 
     def made(self, result: "Result", start: "Result | None") -> bool:
-        """Whether a result is of this contender as it is now, and started from that result of its start's."""
+        """Whether a result is of this contender as it is now, and started from that result of its start's, if any."""
         if (result.contender, result.recipe, result.start) != (self.name, self.recipe, self.start):
             return False
-        if self.start and (start is None or result.start_weights != start.weights):
+        if start and result.start_weights != start.weights:
             return False
         return same_options(result.options, self.recipe_of(result.seed))
 
@@ -167,10 +167,7 @@ def read_plan(path: Path = FILE) -> Plan:
         content = yaml.safe_load(path.read_text())
         common = content.get("common", {})
         contenders = {name: _contender(name, common | given) for name, given in content["contenders"].items()}
-        tables = {
-            name: Table(name, **given | dict(rows=[Row(**row) for row in given["rows"]]))
-            for name, given in content["tables"].items()
-        }
+        tables = {name: _table(name, given) for name, given in content["tables"].items()}
         targets = [Target(**given) for given in content.get("targets", ())]
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -186,6 +183,16 @@ def read_plan(path: Path = FILE) -> Plan:
         if contenders[name].start:
             raise UserError(f"contender {name!r} in {path.name} is the start of another, so it cannot have one.")
     return Plan(contenders, tables, targets)
+
+
+def _table(name: str, given: dict[str, Any]) -> Table:
+    table = Table(name, **given | dict(rows=[Row(**row) for row in given["rows"]]))
+    different = isinstance(table.seeds, Sequence) and len(set(table.seeds)) == len(table.seeds) > 0
+    if not (different and all(type(seed) is int and seed >= 0 for seed in table.seeds)):
+        raise UserError(
+            f"seeds of table {name!r} must be different whole numbers, such as [0, 1, 2], got {table.seeds!r}."
+        )
+    return table
 
 
 def _contender(name: str, given: dict[str, Any]) -> Contender:
@@ -248,11 +255,12 @@ class Difference(NamedTuple):
             return 0
         return 1 if self.mean > 0 else -1
 
-    def __str__(self) -> str:
+    def told(self, seeds: int) -> str:
+        """As text, with the number of its seeds where these are fewer than `seeds`, or than decide anything."""
         if self.half is None:
             return f"{self.mean:+.1f} (1 seed)"
-        seeds = f", {self.seeds} seeds" if self.seeds < FEWEST else ""
-        return f"{self.mean:+.1f} ({self.mean - self.half:+.1f} to {self.mean + self.half:+.1f}{seeds})"
+        fewer = f", {self.seeds} seeds" if self.seeds < max(seeds, FEWEST) else ""
+        return f"{self.mean:+.1f} ({self.mean - self.half:+.1f} to {self.mean + self.half:+.1f}{fewer})"
 
 
 def difference(*pairs: tuple[Sequence[Result], Sequence[Result]]) -> Difference | None:

@@ -15,9 +15,9 @@ def report(plan: Plan, results: Results) -> str:
     tables = [(table, taken) for table, taken in tables if sum(row.contender in taken for row in table.rows) > 1]
     sections = [_section(table, taken) for table, taken in tables]
     every = [result for name in plan.contenders for result in results.get(name, ())]
-    intervals = len({pair for table, taken in tables for pair in _intervals(table, taken)})
+    compared = {pair for table, taken in tables for pair in _compared(table, taken)}
     picture = f"![A dot for each run, and the mean, in orange, for each row of the tables below]({FIGURE})"
-    head = [_HEAD.format(runs=len(every), intervals=intervals), _machines(every), picture]
+    head = [_HEAD.format(runs=len(every), pairs=len(compared)), _machines(every), picture]
     return "\n\n".join([*head, *_targets(plan.targets, results), *sections]) + "\n"
 
 
@@ -32,13 +32,15 @@ for. Where the paper gives an order of the rows, a line says which of its steps 
 
 Accuracy is top-1 of the test split, read once at the end of each run, of the epoch that was best on the validation
 split: mean and standard deviation over the seeds, then each of them. "Difference" is paired by seed, to the row above
-unless the heading says to what, with its 95 % interval (Student's). Where that leaves out 0, with three seeds at least,
-the order of the two rows is decided; "undecided" does not mean that they are equal. The intervals are over seeds alone:
-the test pictures are the same for all. Three seeds mean 4.3 standard errors to either side. Of the {intervals} pairs
-that the tables compare about one in twenty has an interval that leaves out the truth; many share a contender, and err
-together. "MFLOPs" are of a picture at inference, convolutions and matrix products, 2 per multiply-add. "Rising" is how
-far the mean validation accuracy of the last eighth of the epochs is above that of the eighth before; much above 0 means
-that the contender was not trained out."""
+unless the heading says to what, with its 95 % interval (Student's), over the seeds that both rows have. Where that
+leaves out 0, with three seeds at least, the order of the two rows is decided; "undecided" does not mean that they are
+equal. The intervals are over seeds alone: the test pictures are the same for all. Three seeds mean 4.3 standard errors
+to either side. Nothing is corrected for the number of comparisons: of the {pairs} pairs of rows that are compared
+below about one in twenty has an interval that leaves out the truth, and many share a contender, and err together. So a
+decided step that was planned and is large is worth something, and the best of many small ones is not. "MFLOPs" are of a
+picture at inference, convolutions and matrix products, 2 per multiply-add. "Rising" is how far the mean validation
+accuracy of the last eighth of the epochs is above that of the eighth before; much above 0 means that the contender was
+not trained out. A commit with a "+" had changes that are not in it."""
 
 
 def _machines(results: Iterable[Result]) -> str:
@@ -63,13 +65,14 @@ def _machine(environment: Mapping[str, Any]) -> str:
 
 def _targets(targets: Iterable[Target], results: Results) -> list[str]:
     """A section with a line for each target of which both contenders have been run."""
-    rows = [("target", "contenders", "difference", "FLOPs", "verdict")]
+    rows = [("target", "contenders", "difference", "seeds", "FLOPs", "verdict")]
     for target in targets:
         runs = [tuple(results.get(name, ()) for name in pair) for pair in target.pairs]
         if (gap := difference(*runs)) is not None:
             share = max(one[0].mflops / other[0].mflops for one, other in runs)
             names = "; ".join(f"`{one}`, `{other}`" for one, other in target.pairs)
-            rows.append((target.target, names, str(gap), f"{share:.2f}", _verdict(target, gap, share)))
+            cells = gap.told(gap.seeds), str(gap.seeds), f"{share:.2f}", _verdict(target, gap, share)
+            rows.append((target.target, names, *cells))
     if len(rows) == 1:
         return []
     about = (
@@ -89,7 +92,7 @@ def _verdict(target: Target, gap: Difference, share: float) -> str:
 def _section(table: Table, results: Results) -> str:
     against = next((row.row for row in table.rows if row.contender == table.against), None)
     heading = "difference" if against is None else f"difference to {against}"
-    top1 = "validation top-1" if table.tuning else "top-1"
+    top1 = "validation top-1, best epoch" if table.tuning else "top-1"
     rows = [("", "paper", top1, "seeds", heading, "MFLOPs", "rising")]
     for row, gap in zip(table.rows, _gaps(table, results)):
         rows.append(_cells(table, row, results.get(row.contender, ()), gap))
@@ -113,11 +116,13 @@ def _gaps(table: Table, results: Results) -> list[Difference | None]:
     ]
 
 
-def _intervals(table: Table, results: Results) -> Iterator[frozenset[str]]:
-    """Pairs of contenders whose difference has an interval."""
-    for row, other, gap in zip(table.rows, _others(table), _gaps(table, results)):
+def _compared(table: Table, results: Results) -> Iterator[frozenset[str]]:
+    """Pairs of contenders whose difference has an interval, shown or judged."""
+    gaps = zip(((row.contender, other) for row, other in zip(table.rows, _others(table))), _gaps(table, results))
+    steps = (((better.contender, worse.contender), gap) for better, worse, gap in _steps(table, results))
+    for pair, gap in (*gaps, *steps):
         if gap is not None and gap.half is not None:
-            yield frozenset((row.contender, other))
+            yield frozenset(pair)
 
 
 def _cells(table: Table, row: Row, runs: Sequence[Result], gap: Difference | None) -> tuple[str, ...]:
@@ -131,7 +136,7 @@ def _cells(table: Table, row: Row, runs: Sequence[Result], gap: Difference | Non
         paper,
         f"{statistics.mean(accuracies):.1f}{spread}",
         "" if table.tuning else ", ".join(f"{accuracy:.1f}" for accuracy in accuracies),
-        "" if gap is None else str(gap),
+        "" if gap is None else gap.told(len(table.seeds)),
         f"{runs[0].mflops:.1f}",
         f"{statistics.mean(run.slope for run in runs):+.1f}",
     )
@@ -157,14 +162,18 @@ def _views(table: Table, results: Results) -> str:
     return _markdown([("validation, mean over seeds", *(name.replace("_", " ") for name in means)), *rows])
 
 
+def _steps(table: Table, results: Results) -> Iterator[tuple[Row, Row, Difference | None]]:
+    """The paper's better and worse one of two rows that follow each other, and our difference."""
+    for pair in pairwise(table.rows):
+        if all(row.paper is not None for row in pair) and pair[0].paper != pair[1].paper:
+            worse, better = sorted(pair, key=lambda row: row.paper)
+            yield better, worse, difference((results.get(better.contender, ()), results.get(worse.contender, ())))
+
+
 def _agreement(table: Table, results: Results) -> str:
     """Which of the paper's steps from one row to the next are seen, which are contradicted, which are undecided."""
     said: dict[int, list[str]] = {1: [], -1: [], 0: []}
-    for pair in pairwise(table.rows):
-        if any(row.paper is None for row in pair) or pair[0].paper == pair[1].paper:
-            continue
-        worse, better = sorted(pair, key=lambda row: row.paper)
-        gap = difference((results.get(better.contender, ()), results.get(worse.contender, ())))
+    for better, worse, gap in _steps(table, results):
         if gap is not None:
             said[gap.sign].append(f"{better.row} over {worse.row}")
     words = {1: "Seen as in the paper", -1: "Contradicted", 0: "Undecided"}

@@ -84,7 +84,7 @@ def test_differences_are_paired_by_seed():
     assert (gap.mean, gap.seeds) == (7.5, 2)
     assert difference((one, other[2:])) is None
     single = difference((one[:1], other))
-    assert single.mean == 5 and single.half is None and single.sign == 0 and str(single) == "+5.0 (1 seed)"
+    assert single.mean == 5 and single.half is None and single.sign == 0 and single.told(1) == "+5.0 (1 seed)"
 
 
 def test_of_several_pairs_a_seed_is_one_sample():
@@ -97,9 +97,19 @@ def test_of_several_pairs_a_seed_is_one_sample():
     np.testing.assert_allclose([gap.mean - gap.half, gap.mean + gap.half, gap.seeds], [low, high, 4])
 
 
+def test_a_row_with_fewer_seeds_than_its_table_is_told():
+    rows = plan(("a", None), ("b", None), ("c", None), seeds=[0, 1, 2, 3])
+    found = results(a=[80.0, 81.0, 80.5, 83.0, 99.0], b=[70.0, 71.0, 71.5], c=[60.0, 61.0, 61.5, 62.5])
+    text = report(rows, found)
+    assert "| row a (`a`) | 81.1 ± 1.3 | 80.0, 81.0, 80.5, 83.0 |  |" in text, "of seeds that the table has"
+    assert "| -9.7 (-11.1 to -8.2, 3 seeds) |" in text and "| -10.0 (-10.0 to -10.0, 3 seeds) |" in text
+    (axes,) = (axes for part in evidence_figure(rows, found).subfigs for axes in part.axes)
+    assert len(axes.lines[0].get_xdata()) == 4
+
+
 def test_two_seeds_decide_nothing():
     gap = difference((results(a=[90.0, 91.0])["a"], results(b=[80.0, 81.0])["b"]))
-    assert gap.half == 0 and gap.sign == 0 and str(gap) == "+10.0 (+10.0 to +10.0, 2 seeds)"
+    assert gap.half == 0 and gap.sign == 0 and gap.told(2) == "+10.0 (+10.0 to +10.0, 2 seeds)"
 
 
 @pytest.mark.parametrize(
@@ -141,7 +151,7 @@ def test_the_report_has_every_figure():
     assert text.index("Before.") < text.index("| row a") < text.index("After.")
     assert "of 6 runs" in text
     assert "Made by x86_64 cpu AVX2, bf16, torch 2, timm 1, accelerate 1: 6 runs, of commits 0123456789+ (6)." in text
-    assert "Of the 1 pairs" in text
+    assert "of the 1 pairs" in text
 
 
 def test_all_rows_can_be_compared_with_one():
@@ -156,21 +166,21 @@ def test_tuning_shows_the_best_validation_accuracy_of_one_seed():
     found["b"][0].validation = [10.0, 70.0, 60.0]
     tuning = plan(("a", None), ("b", None), tuning=True, seeds=[0])
     text = report(tuning, found)
-    assert "| validation top-1 |" in text
+    assert "| validation top-1, best epoch |" in text
     assert "| row a (`a`) | 81.0 | 15.4 |" in text and "| row b (`b`) | 70.0 | 15.4 |" in text
-    assert "Of the 0 pairs" in text
+    assert "of the 0 pairs" in text
     assert not any(part.axes for part in evidence_figure(tuning, found).subfigs)
 
 
 @pytest.mark.parametrize(
     ("upper", "mflops", "said"),
     [
-        ([82.0, 83.1, 82.4], 8.0, "+2.0 (+1.8 to +2.2) | 0.80 | met |"),
-        ([80.5, 81.4, 80.9], 8.0, "+0.4 (+0.3 to +0.6) | 0.80 | not met |"),
-        ([80.5, 83.5, 81.5], 8.0, "+1.3 (-1.3 to +3.9) | 0.80 | undecided, by the mean met |"),
-        ([80.5, 81.5, 79.5], 8.0, "+0.0 (-2.2 to +2.2) | 0.80 | undecided, by the mean not met |"),
-        ([82.0], 8.0, "+2.0 (1 seed) | 0.80 | undecided, by the mean met |"),
-        ([82.0, 83.1, 82.4], 9.5, "+2.0 (+1.8 to +2.2) | 0.95 | not met: too dear |"),
+        ([82.0, 83.1, 82.4], 8.0, "+2.0 (+1.8 to +2.2) | 3 | 0.80 | met |"),
+        ([80.5, 81.4, 80.9], 8.0, "+0.4 (+0.3 to +0.6) | 3 | 0.80 | not met |"),
+        ([80.5, 83.5, 81.5], 8.0, "+1.3 (-1.3 to +3.9) | 3 | 0.80 | undecided, by the mean met |"),
+        ([80.5, 81.5, 79.5], 8.0, "+0.0 (-2.2 to +2.2) | 3 | 0.80 | undecided, by the mean not met |"),
+        ([82.0], 8.0, "+2.0 (1 seed) | 1 | 0.80 | undecided, by the mean met |"),
+        ([82.0, 83.1, 82.4], 9.5, "+2.0 (+1.8 to +2.2) | 3 | 0.95 | not met: too dear |"),
     ],
 )
 def test_targets_are_met_where_the_whole_interval_is_beyond_them(upper, mflops, said):
@@ -260,6 +270,13 @@ def test_no_two_contenders_are_the_same():
         ("contenders: {abc: {recipe: synthbirds, start: abd}}\ntables: {}", "unknown contender.*'abd'"),
         ("contenders: {a: {recipe: synthbirds, start: a}}\ntables: {}", "'a' in plan.yaml is the start of another"),
         ("contenders: {a: {recipe: synthbirds, seed: 3}}\ntables: {}", "contender 'a' cannot set seed"),
+        *(
+            (
+                f"contenders: {{a: {{recipe: synthbirds}}}}\ntables: {{one: {{title: x, rows: [], seeds: {seeds}}}}}",
+                "seeds of table 'one' must be different whole numbers, such as .0, 1, 2., got",
+            )
+            for seeds in ("5", "'012'", "[a]", "[0, 0]", "[-1]", "[]", "[true]")
+        ),
     ],
 )
 def test_damaged_plans_are_refused(tmp_path, text, message):
@@ -293,7 +310,7 @@ def test_a_result_from_another_start_is_not_a_contender_s():
     mine = result("a", 0, 80.0, start="b", start_weights=start.weights)
     assert contender.made(mine, start)
     assert not contender.made(mine, replace(start, weights="others"))
-    assert not contender.made(mine, None)
+    assert contender.made(mine, None), "it is compared with it once that is there"
 
 
 def test_a_contender_needs_its_splits():

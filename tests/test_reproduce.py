@@ -45,15 +45,15 @@ PLAN = dict(
 class Trainings:
     """In the place of `train` and `read_off`: what was asked for, and what comes of it."""
 
-    def __init__(self, failing: tuple[str, int] | None = None) -> None:
-        self.failing = failing
+    def __init__(self) -> None:
+        self.failing: set[tuple[str, int]] = set()
         self.asked: list[tuple[str, int]] = []
         self.machine = "ours"  # on which the weights depend
 
     def train(self, contender, seed, folder, script, start) -> None:
         assert (start is None) == (contender.start is None) and (start is None or (start / "best").is_dir())
         self.asked.append((contender.name, seed))
-        if (contender.name, seed) == self.failing:
+        if (contender.name, seed) in self.failing:
             raise UserError("training ended with exit code 3: it burst.")
         time.sleep(0.2 * (contender.name == "other"))
         if reproduce.weights_of(folder) is None:
@@ -137,22 +137,29 @@ def test_what_has_a_result_is_not_run_again(here, trainings):
 
 
 def test_nothing_is_begun_after_a_failure_and_what_was_done_is_kept(here, trainings, capsys):
-    trainings.failing = ("high", 0)
+    trainings.failing = {("high", 0)}
     assert command("--seeds", "0") == 2
     assert trainings.asked == [("base", 0), ("low", 0), ("high", 0)]
     assert kept(here) == {"base.seed0.json", "low.seed0.json", "RESULTS.md", "RESULTS.png"}
     assert capsys.readouterr().err.splitlines()[-1].endswith("high seed 0: training ended with exit code 3: it burst.")
-    trainings.failing = None
+    trainings.failing.clear()
     assert command("--seeds", "0") == 0
     assert trainings.asked[3:] == [("high", 0), ("other", 0)]
 
 
 def test_a_training_beside_one_that_fails_is_kept(here, trainings, capsys):
-    trainings.failing = ("high", 0)
+    trainings.failing = {("high", 0)}
     assert command("two", "--seeds", "0", "--jobs", "2") == 2
     assert sorted(trainings.asked) == [("base", 0), ("high", 0), ("other", 0)]
     assert kept(here) >= {"base.seed0.json", "other.seed0.json"} and "high.seed0.json" not in kept(here)
     assert "waiting for the end of 1 training" in capsys.readouterr().err
+
+
+def test_of_two_trainings_that_fail_both_are_told(here, trainings, capsys):
+    trainings.failing = {("low", 0), ("high", 0)}
+    assert command("one", "--seeds", "0", "--jobs", "2") == 2
+    told = capsys.readouterr().err
+    assert "low seed 0: training ended with" in told and "high seed 0: training ended with" in told
 
 
 def test_a_start_whose_model_is_gone_is_trained_again(here, trainings):
@@ -172,7 +179,7 @@ def test_the_list_says_what_is_to_do_and_does_nothing(here, trainings, capsys):
     assert [line.split() for line in lines[1:4]] == [
         ["one", "low", "0", "2"], ["one", "high", "0", "2"], ["two", "high", "0", "2"],
     ]  # fmt: skip
-    assert lines[-1] == "5 runs to do" and len(trainings.asked) == 3
+    assert lines[-1] == "5 runs to do, 1 of them for others to start from" and len(trainings.asked) == 3
 
 
 def test_a_start_that_turns_out_otherwise_does_not_take_the_place_of_the_known_one(here, trainings, capsys):
@@ -182,7 +189,7 @@ def test_a_start_that_turns_out_otherwise_does_not_take_the_place_of_the_known_o
     before, asked = kept(here), len(trainings.asked)
     (here / "results/high.seed0.json").unlink()
     assert command("one", "--seeds", "0", "--list") == 0
-    assert capsys.readouterr().out.endswith("2 runs to do\n"), "the start once more, and what is gone"
+    assert capsys.readouterr().out.endswith("2 runs to do, 1 of them for others to start from\n")
     trainings.machine = "another"
     for attempt in (1, 2):  # whose folder is there by then
         assert command("one", "--seeds", "0") == 2
@@ -191,6 +198,29 @@ def test_a_start_that_turns_out_otherwise_does_not_take_the_place_of_the_known_o
     shutil.rmtree(here / "runs")
     trainings.machine = "ours"
     assert command("one", "--seeds", "0") == 0 and kept(here) == before
+
+
+def test_a_start_that_nothing_was_made_from_may_be_another_one(here, trainings):
+    assert command("one", "--seeds", "0") == 0
+    shutil.rmtree(here / "runs")
+    for name in ("low", "high"):
+        (here / f"results/{name}.seed0.json").unlink()
+    trainings.machine = "another"
+    assert command("one", "--seeds", "0") == 0
+    assert evidence.read_results(here / "results")["base"][0].weights == reproduce.weights_of(
+        reproduce.run_folder(here / "runs/reproduce", evidence.read_plan(here / "plan.yaml").contenders["base"], 0)
+    )
+
+
+def test_a_start_without_its_result_is_read_off_again(here, trainings, capsys):
+    assert command("one", "--seeds", "0") == 0
+    (here / "results/base.seed0.json").write_text("{")
+    assert command("one", "--seeds", "0") == 2
+    assert "remove it, and it is run again" in capsys.readouterr().err
+    (here / "results/base.seed0.json").unlink()
+    before, asked = kept(here), len(trainings.asked)
+    assert command("one", "--seeds", "0") == 0
+    assert kept(here) == before | {"base.seed0.json"} and trainings.asked[asked:] == [("base", 0)]
 
 
 def test_a_result_of_another_plan_is_refused(here, trainings, capsys):

@@ -8,7 +8,6 @@ time. Runs are of one thread each.
 import argparse
 import sys
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
     runner = _Runner(plan, results, options)
     jobs = [*runner.lost_starts(jobs), *jobs]
     if options.list:
-        print(_listing(tables, results, len(jobs)))
+        print(_listing(tables, results, jobs))
         return
     for name, seed in jobs:  # a mistake in the plan is told before the first training
         plan.contenders[name].recipe_of(seed)
@@ -129,7 +128,8 @@ class _Runner:
     def run_all(self, jobs: list[Job]) -> None:
         """Run jobs; each after the one that it starts from."""
         waiting = list(jobs)
-        known = {job: self.results.pop(job) for job in jobs if job in self.results}  # `lost_starts`
+        for job in jobs:
+            self.results.pop(job, None)  # of `lost_starts`
         running: dict[Future, Job] = {}
         with ThreadPoolExecutor(self.options.jobs) as pool, tqdm(total=len(waiting), unit="run", **BAR) as bar:
             try:
@@ -140,15 +140,17 @@ class _Runner:
                         running[pool.submit(self.train, job)] = job
                     bar.set_postfix_str(", ".join(f"{name} seed {seed}" for name, seed in running.values()))
                     for done in wait(running, return_when=FIRST_COMPLETED).done:
-                        self.finish(done, job := running.pop(done), known.get(job), bar)
+                        self.finish(done, running.pop(done), bar)
             except KeyboardInterrupt:
                 bar.write(f"waiting for {counted(len(running), 'training')} to save", file=sys.stderr)
                 raise
             except UserError:
                 bar.write(f"waiting for the end of {counted(len(running), 'training')}", file=sys.stderr)
                 for done, job in running.items():
-                    with suppress(UserError):
-                        self.finish(done, job, known.get(job), bar)
+                    try:
+                        self.finish(done, job, bar)
+                    except UserError as error:
+                        bar.write(str(error), file=sys.stderr)
                 raise
 
     def train(self, job: Job) -> None:
@@ -158,8 +160,8 @@ class _Runner:
         name, seed = job
         train(self.plan.contenders[name], seed, self.folder(job), self.options.script, self.start_folder(job))
 
-    def finish(self, done: Future, job: Job, before: "Result | None", bar: tqdm) -> None:
-        """Keep the result of a training that has ended, once it has; `before` is that of a `lost_starts`."""
+    def finish(self, done: Future, job: Job, bar: tqdm) -> None:
+        """Keep the result of a training that has ended, once it has, and if it is the start of those that have one."""
         from ..evidence import write_result
         from ..reproduce import read_off
 
@@ -169,10 +171,10 @@ class _Runner:
             result = read_off(self.plan.contenders[name], seed, self.folder(job), self.start_folder(job))
         except UserError as error:
             raise UserError(f"{name} seed {seed}: {error}") from error
-        if before and before.weights != result.weights:
-            made = sum(each.start == name and each.seed == seed for each in self.results.values())
+        begun = [each for each in self.results.values() if (each.start, each.seed) == job]
+        if any(each.start_weights != result.weights for each in begun):
             raise UserError(
-                f"{name} seed {seed}: trained again here, it is another model than {counted(made, 'result')} in "
+                f"{name} seed {seed}: trained again here, it is another model than {counted(len(begun), 'result')} in "
                 f"{str(self.options.results)!r} started from: use --results with a folder of your own."
             )
         write_result(self.options.results, result)
@@ -210,14 +212,17 @@ def _write_report(plan: "Plan", folder: Path) -> None:
         evidence_figure(plan, results).savefig(aside, format="png", dpi=110)
 
 
-def _listing(tables: list["Table"], results: dict[Job, "Result"], left: int) -> str:
-    rows = [("table", "contender", "seeds done", "to do")]
+def _listing(tables: list["Table"], results: dict[Job, "Result"], jobs: list[Job]) -> str:
+    rows, listed = [("table", "contender", "seeds done", "to do")], set()
     for each in tables:
         for row in each.rows:
             done = [seed for seed in each.seeds if (row.contender, seed) in results]
             to_do = [seed for seed in each.seeds if seed not in done]
             rows.append((each.name, row.contender, " ".join(map(str, done)), " ".join(map(str, to_do))))
-    return f"{table(rows, '<<<<')}\n\n{counted(left, 'run')} to do"
+            listed |= {(row.contender, seed) for seed in to_do}
+    starts = len(set(jobs) - listed)
+    others = f", {starts} of them for others to start from" if starts else ""
+    return f"{table(rows, '<<<<')}\n\n{counted(len(jobs), 'run')} to do{others}"
 
 
 def _check_same(plan: "Plan", results: dict[Job, "Result"], folder: Path) -> None:
