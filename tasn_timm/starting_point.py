@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import timm
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from .attention_net import PRESETS
@@ -55,6 +56,19 @@ def starting_state(model: BackboneClassifier, source: dict, cache_dir: str | Pat
         # Without a head that was removed; the details' own norms of split_bn start as those of the structure image.
         start |= {prefix + key: pretrained[structure_norm(key)] for key in part.state_dict()}
     return start
+
+
+def starting_license(model: BackboneClassifier, cfg: PretrainedCfg, overlay: dict) -> str | None:
+    """Licence of the weights that a model has started from; None where it is not known, or there are two.
+
+    Args:
+        model: As created.
+        cfg: Of the backbone's weights, the overlay included.
+        overlay: timm's pretrained_cfg_overlay; where it names other weights, what the cfg had said is not of these.
+    """
+    license = overlay.get("license") if weights_source(overlay) else cfg.license
+    other = model.attention_net.trunk.pretrained_cfg.get("license") if isinstance(model, TASN) else license
+    return license if license == other else None
 
 
 def _pretrained_state(part: nn.Module, source: dict, cache_dir: str | Path | None) -> dict[str, Tensor]:

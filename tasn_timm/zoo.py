@@ -21,7 +21,7 @@ from .attention_net import PRESETS, backbone_cfg
 from .classifier import SECOND_ORDER, BackboneClassifier
 from .errors import UserError
 from .hub_config import HUB_CONFIGS, HubConfig
-from .starting_point import starting_state, weights_filter, weights_source
+from .starting_point import starting_license, starting_state, weights_filter, weights_source
 from .tasn import TASN
 from .weights import check, weights_in, weights_on_hub
 
@@ -196,6 +196,9 @@ def _build(cls: type[BackboneClassifier], variant: str, pretrained: bool, **kwar
         model.pretrained_cfg.update({key: getattr(cfg, key) for key in SOURCE if getattr(cfg, key)})
     if starts:
         classifier.load_state_dict(starting_state(classifier, {} if untouched else source, cache_dir))
+    if pretrained and not checked:
+        overlay = kwargs.get("pretrained_cfg_overlay") or {}
+        model.pretrained_cfg["license"] = starting_license(classifier, cfg, overlay)
     # The names depend on the backbone, so the generic entries' cfgs do not have them.
     if not model.pretrained_cfg.get("first_conv"):
         model.pretrained_cfg["first_conv"] = classifier._traits["first_conv"]

@@ -316,6 +316,17 @@ def test_a_missing_repository_is_one_clear_error(hub):
         create(pretrained=True)
 
 
+@pytest.mark.parametrize("other", [None, "cc-by-nc-4.0"])
+def test_two_backbones_under_two_licences_have_none_together(hub, monkeypatch, other):
+    hub.publish(CONVNEXT), hub.publish(RESNET)
+    own = timm.get_pretrained_cfg("test_convnext").license
+    assert own and create(pretrained=True).pretrained_cfg["license"] == own
+    monkeypatch.setattr(_registry._model_pretrained_cfgs["test_resnet.r160_in1k"], "license", other)
+    assert create(pretrained=True).pretrained_cfg["license"] is None
+    alone = timm.create_model("isqrt_cov", backbone="test_convnext", pretrained=True, pool_args=dict(channels=8))
+    assert alone.pretrained_cfg["license"] == own
+
+
 # Other sources of the backbone's weights
 
 
@@ -335,6 +346,7 @@ def test_an_overlay_brings_other_weights_of_the_backbone(hub, tmp_path, kind):
     model = create(pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path / "mine")
     assert_same(model.backbone, finetuned)
     assert_same(model.attention_net.trunk, resnet)
+    assert model.pretrained_cfg["license"] is None, "timm's is of other weights"
     assert hub.asked == {RESNET} | ({"user/finetuned"} if kind in ("hub", "url") else set())
     assert not (tmp_path / "hub").exists() and not (tmp_path / "torch").exists()
 
