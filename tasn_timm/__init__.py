@@ -1,7 +1,7 @@
 """TASN for timm: fine-grained image classifiers on any timm backbone. Importing this registers the models."""
 
 from . import zoo
-from .attention_net import backbone_cfg
+from .backbone import backbone_cfg
 from .distillation import TASNLoss, soft_target_cross_entropy
 from .tasn import TASN, TASNOutput
 

@@ -7,17 +7,17 @@ from collections.abc import Iterable, Sequence
 import timm
 import torch
 from timm.layers import SeparableConvNormAct, register_notrace_function, to_2tuple
-from timm.models import PretrainedCfg, generate_default_cfgs, get_pretrained_cfg, register_model
-from timm.models._registry import get_arch_pretrained_cfgs, split_model_name_tag
+from timm.models import generate_default_cfgs, register_model
 from timm.models.byobnet import BasicBlock, ByoBlockCfg, ByobNet, ByoModelCfg, register_block
 from timm.models.resnet import BasicBlock as ResNetBasicBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .backbone import backbone_cfg, create_backbone, create_on_meta, try_backbone
 from .errors import UserError, unknown
 
 # timm adds resnet6s.
-__all__ = ["PRESETS", "AttentionNet", "MultiRateConv", "attention_layout", "backbone_cfg", "create_backbone"]
+__all__ = ["PRESETS", "AttentionNet", "MultiRateConv", "attention_layout"]
 
 # Layouts. "published": the paper's, 28 x 28 maps of 512 channels from 224 pixels, 39.4 GFLOPs.  "lite": two stages of a
 # small ResNet merged, 14 x 14 maps of 256 channels from 112 pixels, 0.53 GFLOPs, with about the published receptive
@@ -214,7 +214,7 @@ def attention_layout(name: str, backbone: str | None = None, arguments: dict | N
     layout = PRESETS[name] | dict(backbone=backbone)
     extra = dict(output_stride=arguments.get("output_stride"), **arguments.get("backbone_args") or {})
     own_size = backbone_cfg(backbone).input_size[1:]
-    trunk = _create_on_meta(backbone, own_size, features_only=True, **extra)
+    trunk = create_on_meta(backbone, own_size, features_only=True, **extra)
     stages = layout.get("unit_stride_stages")
     if stages and all(_has_basic_blocks(trunk, stage) for stage in stages):
         return layout | arguments
@@ -244,7 +244,7 @@ def complete_layout(layout: dict) -> dict:
 def _first_size_taken(layout: dict, sizes: Iterable[tuple[int, int]], extra: dict) -> tuple[int, int]:
     for size in sizes:
         try:
-            _try(layout["backbone"], size, features_only=True, out_indices=layout["out_indices"], **extra)
+            try_backbone(layout["backbone"], size, features_only=True, out_indices=layout["out_indices"], **extra)
             return size
         except UserError as error:
             refusal = error
@@ -337,118 +337,6 @@ class MultiRateConv(nn.Module):
         weight, bias, groups = self.conv.weight, self.conv.bias, self.conv.groups
         x = sum(F.conv2d(x, weight, bias, padding=rate, dilation=rate, groups=groups).relu() for rate in self.rates)
         return x if self.pointwise is None else self.pointwise(x).relu()
-
-
-def backbone_cfg(name: str) -> PretrainedCfg:
-    """timm's pretrained_cfg of a model, with or without a tag.
-
-    Raises:
-        UserError: timm knows no such model or tag.
-    """
-    architecture, tag = split_model_name_tag(name)
-    if not timm.is_model(architecture):
-        raise unknown("timm model", name, timm.list_models())
-    tagged = get_arch_pretrained_cfgs(architecture)
-    if tag and name not in tagged:
-        raise unknown(f"weights of {architecture}:", name, tagged)
-    return get_pretrained_cfg(name) or PretrainedCfg()
-
-
-def create_backbone(name: str, image_size: tuple[int, int], **kwargs) -> nn.Module:
-    """Create a timm model without weights for images of a given size.
-
-    Many models refuse a size only when they see an image, so one without values (device "meta", about 0.1 s)
-    goes through a copy first.
-
-    Args:
-        name: timm model, with or without a tag.
-        image_size: (H, W) in pixels; passed on as img_size to models of a fixed input size.
-        **kwargs: timm's arguments. None is not passed on.
-
-    Raises:
-        UserError: timm knows no such model or tag, or it takes no such arguments or images, or gives neither maps
-            (features_only) nor one vector for each image (else, unless global_pool is "").
-    """
-    without_effect = _try(name, image_size, **kwargs)
-    model = timm.create_model(name, pretrained=False, **_with_size(name, image_size, kwargs))
-    for parameter in without_effect:  # timm builds some later stages all the same, for whose gradients DDP would wait
-        model.get_parameter(parameter).requires_grad_(False)
-    return model
-
-
-def _with_size(name: str, image_size: tuple[int, int], kwargs: dict) -> dict:
-    return (dict(img_size=image_size) if backbone_cfg(name).fixed_input_size else {}) | kwargs
-
-
-def _create_on_meta(name: str, image_size: tuple[int, int], **kwargs) -> nn.Module:
-    kwargs = _with_size(name, image_size, kwargs | dict(device=None, dtype=None))
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):  # EfficientNet draws random numbers all the same
-            return timm.create_model(name, pretrained=False, **kwargs)
-    except (TypeError, ValueError, IndexError, RuntimeError, AssertionError) as error:  # timm's ways to refuse
-        arguments = ", ".join(f"{key}={value!r}" for key, value in kwargs.items() if value is not None)
-        raise UserError(
-            f"timm model {name} cannot be made with {arguments}: {_reason(error)}. Leave out what it lacks."
-        ) from error
-
-
-@torch.inference_mode(False)
-def _try(name: str, image_size: tuple[int, int], **kwargs) -> list[str]:
-    """Put an image without values through a model without weights.
-
-    Returns:
-        With features_only the names of the parameters that have no effect on the features.
-    """
-    model = _create_on_meta(name, image_size, **kwargs).eval()
-    if any(isinstance(module, nn.RNNBase) for module in model.modules()):  # PyTorch takes seconds for an LSTM there
-        return []
-    features_only = kwargs.get("features_only", False)
-    image = torch.empty(1, kwargs.get("in_chans") or 3, *image_size, device="meta")
-    try:
-        with torch.set_grad_enabled(features_only), torch.device("meta"):
-            output = model(image)
-    except (AssertionError, RuntimeError, ValueError) as error:
-        if isinstance(error, NotImplementedError) or "meta tensor" in str(error):  # it reads values, as Gemma's does
-            return []
-        own = backbone_cfg(name).input_size[1:]
-        raise UserError(
-            f"timm model {name} does not take images of {image_size[0]} x {image_size[1]} pixels: {_reason(error)}. "
-            f"Its own size is {own[0]} x {own[1]}: give sample_size (attention net: input_size) as that, or choose a "
-            f"backbone for any size, such as resnet50 or convnext_tiny."
-        ) from error
-    if features_only:
-        if not all(isinstance(x, Tensor) and x.ndim == 4 for x in output):
-            raise UserError(
-                f"timm model {name} gives no feature maps (B, C, h, w), which attention needs: choose another "
-                f"backbone, such as resnet50 or vit_base_patch16_224."
-            )
-        return _names_without_effect(model, output)
-    if kwargs.get("global_pool") != "" and getattr(output, "shape", None) != (1, model.head_hidden_size):
-        raise UserError(
-            f"timm model {name} does not pool its features to one vector for each image: give a global_pool that does, "
-            f"such as 'avg', or choose another backbone, such as resnet50 or vit_base_patch16_224."
-        )
-    return []
-
-
-def _names_without_effect(model: nn.Module, output: Sequence[Tensor]) -> list[str]:
-    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
-    gradients = torch.autograd.grad(sum(x.sum() for x in output), parameters, allow_unused=True)
-    return [name for name, gradient in zip(names, gradients) if gradient is None]
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
-
-
-def stem_convolutions(model: nn.Module) -> list[str]:
-    """Names of the convolutions of a timm model, or of its features, that see the image."""
-    names = model.pretrained_cfg.get("first_conv") or ()
-    modules = dict(model.named_modules())
-    names = [names] if isinstance(names, str) else names
-    # timm's feature extractors flatten the first level of names, or put the model into an attribute "model".
-    candidates = ((name, name.replace(".", "_", 1), f"model.{name}") for name in names)
-    return [name for spellings in candidates for name in dict.fromkeys(spellings) if name in modules]
 
 
 def _remove_stride(trunk: nn.Module, backbone: str, stage: int) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
-from .attention_net import backbone_cfg
+from .backbone import backbone_cfg
 from .classifier import SECOND_ORDER, BackboneClassifier
 from .data.transforms import Normalize
 from .errors import UserError

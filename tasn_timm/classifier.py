@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from torch import Tensor, nn
 
-from .attention_net import create_backbone, stem_convolutions
+from .backbone import create_backbone, stem_convolutions
 from .errors import UserError, no_effect
 from .heads import Heads, SecondOrderPool
 

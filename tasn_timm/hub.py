@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import nn
 
-from .attention_net import backbone_cfg
+from .backbone import backbone_cfg
 from .card import Context, Measured, model_card
 from .classifier import BackboneClassifier
 from .errors import UserError, unknown

@@ -8,15 +8,9 @@ import torch
 from timm.layers import convert_splitbn_model, to_2tuple
 from torch import Tensor, nn
 
-from .attention_net import (
-    AttentionNet,
-    attention_layout,
-    complete_layout,
-    normalize_pixels,
-    resize_image,
-    stem_convolutions,
-)
+from .attention_net import AttentionNet, attention_layout, complete_layout, normalize_pixels, resize_image
 from .attention_sampler import AttentionSampler, shape_map
+from .backbone import stem_convolutions
 from .classifier import BackboneClassifier
 from .detail_controls import CONTROLS, control_maps
 from .errors import UserError, no_effect, unknown

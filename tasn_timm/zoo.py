@@ -17,7 +17,8 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 
-from .attention_net import PRESETS, backbone_cfg
+from .attention_net import PRESETS
+from .backbone import backbone_cfg
 from .classifier import SECOND_ORDER, BackboneClassifier
 from .errors import UserError
 from .hub_config import HUB_CONFIGS, HubConfig

@@ -8,7 +8,8 @@ import timm
 import torch
 
 import tasn_timm  # noqa: F401
-from tasn_timm.attention_net import PRESETS, AttentionNet, attention_layout, create_backbone
+from tasn_timm.attention_net import PRESETS, AttentionNet, attention_layout
+from tasn_timm.backbone import create_backbone
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import backbones
@@ -142,6 +143,14 @@ def test_an_input_size_that_was_given_is_kept_and_tried():
         (dict(attention_backbone="test_vit", attention_args=dict(input_size=90)), "test_vit .* 90 x 90 pixels"),
         (dict(attention_backbone="test_vit", attention_args=dict(output_stride=8)), "test_vit cannot .*output_stride"),
         (dict(attention_backbone="test_vit", attention_args=dict(backbone="resnet18")), "leave out one of them"),
+        (
+            dict(backbone_args=dict(checkpoint_path="x.pth")),
+            "checkpoint_path does not belong to a backbone",
+        ),
+        (
+            dict(attention_args=dict(backbone_args=dict(pretrained_cfg_overlay=dict(file="x.pth")))),
+            "pretrained_cfg_overlay does not belong to a backbone's arguments",
+        ),
     ],
 )
 def test_what_does_not_work_is_told_at_construction_on_one_line(arguments, message):

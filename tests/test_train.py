@@ -152,6 +152,7 @@ def test_training_goes_on_from_a_folder(train, tmp_path):
         (["--model", "resnt50"], "unknown timm model 'resnt50': did you mean 'resnet50'"),
         (["--model-kwargs", "backbone=resnt50"], "unknown timm model 'resnt50'"),
         (["--model-kwargs", "no_such=1"], "do not fit tasn"),
+        (["--model-kwargs", "checkpoint_path=x.pth"], "checkpoint_path in model_kwargs names a place of this machine"),
         (["--epoch", "3"], "did you mean '--epochs'"),
         (["--data", "/no/such/folder"], "data folder '/no/such/folder' does not exist"),
         (["--num-classes", "200"], "num_classes is 200, but dataset"),

@@ -22,7 +22,7 @@ import timm
 import torch
 
 import tasn_timm  # noqa: F401
-from tasn_timm.attention_net import backbone_cfg
+from tasn_timm.backbone import backbone_cfg
 from tasn_timm.distillation import TASNLoss
 from tasn_timm.errors import UserError
 
