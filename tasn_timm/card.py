@@ -19,7 +19,7 @@ LICENSES = frozenset(
     cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0
     etalab-2.0 eupl-1.1 eupl-1.2 fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 grok2-community
     h-research intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4
-    lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl
+    lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openmdw-1.0 openmdw-1.1 openrail openrail++ osl-3.0 other pddl
     postgresql unknown unlicense wtfpl zlib
     """.split()
 )
@@ -190,10 +190,14 @@ Recipe `{measured.recipe}`{other}. Every option as used is in `recipe.yaml`. Com
 
 
 def _limits(model: nn.Module, context: Context) -> str:
-    license = f"the licence of these weights is {context.license}" if context.license else "nobody stated a licence"
+    license = (
+        f"As far as its author says, the licence of these weights is {context.license}"
+        if context.license
+        else "Nobody stated a licence of these weights"
+    )
     return f"""## Limits and licence
 
 It knows the {model.num_classes} classes of its dataset and nothing else: any other picture gets one of their names.
 How it does on pictures of other cameras, places and seasons than its dataset's was not measured.
 
-As far as its author says, {license}; the pictures that it was trained on have terms of their own."""
+{license}; the pictures that it was trained on have terms of their own."""

@@ -15,12 +15,7 @@ from .weights import CONFIG, weights_in
 
 PINNED = re.compile(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})")  # as `data.splits.pinned` names data of the Hub
 PERSONAL = (*FREE_OPTIONS, "data", "seed", "cpu")  # options that two runs of one recipe may have otherwise
-UNTOLD = (
-    "data",
-    "model",
-    "initial_checkpoint",
-    "images and labels",
-)  # whose values are paths of this machine, or a digest
+UNTOLD = ("data", "model", "initial_checkpoint", "images and labels")  # whose values are paths, or a digest
 UNCONFIGURED = dict(mixed_precision="no", torchcompile="no")  # what null is where nobody has configured accelerate
 
 
@@ -47,6 +42,11 @@ class FinishedRun(NamedTuple):
         if self.recipe.data in BUILT_IN:
             return self.recipe.data, None, self.recipe.data
         return None, None, Path(self.recipe.data).name or "a folder"
+
+    @property
+    def license(self) -> str | None:
+        """Of the weights that it started from; None without any, or where it is not known."""
+        return self.config["pretrained_cfg"].get("license")
 
     @property
     def public_recipe(self) -> Recipe:
@@ -88,7 +88,7 @@ class FinishedRun(NamedTuple):
     @property
     def package_recipe(self) -> Recipe | None:
         """The package's recipe of that name, if there is one."""
-        return load_recipe(self.name, {}) if (RECIPES / f"{self.name}.yaml").is_file() else None
+        return load_recipe(self.name) if (RECIPES / f"{self.name}.yaml").is_file() else None
 
     @property
     def paper(self) -> list[PaperRow]:
@@ -121,9 +121,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         try:
             lines.append(json.loads(text))
         except ValueError as error:
-            if number == len(texts):
-                break
-            raise UserError(f"line {number} of {str(path)!r} is damaged: {error}. Remove it.") from error
+            if number < len(texts):
+                raise UserError(f"line {number} of {str(path)!r} is damaged: {error}. Remove it.") from error
     return lines
 
 
@@ -144,9 +143,10 @@ def read_run(folder: Path) -> FinishedRun:
         )
     weights_in(folder / "best")
     config = json.loads((folder / "best" / CONFIG).read_text())
-    recipe = load_recipe(str(recipe_file), {})
-    name = (config.get("tasn") or {}).get("recipe") or folder.name
+    if "tasn" not in config:
+        raise UserError(f"{str(folder / 'best')!r} was not saved by training: its config.json says nothing of it.")
     history = {key: last[key] for key in ("test", "planned_steps", "inexact")}
+    name, recipe = config["tasn"]["recipe"], load_recipe(str(recipe_file))
     return FinishedRun(name, folder, recipe, config, steps=last["step"], **history)
 
 

@@ -47,7 +47,7 @@ def save_folder(
         dataset: What `load_splits` takes for the data it was trained on, for the same block.
         measured: For README.md, the card; None for a folder without one.
     """
-    if folder.exists() and not (folder / "config.json").is_file():
+    if folder.exists() and not (folder / CONFIG).is_file():
         raise UserError(f"{str(folder)!r} exists and is not a model folder: choose another one.")
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
@@ -63,7 +63,11 @@ def save_folder(
         )
         _complete_config(plain, aside, recipe, dataset)
         if measured is not None:
-            context = Context(title=folder.resolve().parent.name, source=f"local-dir:{folder}")
+            context = Context(
+                title=folder.resolve().parent.name,
+                source=f"local-dir:{folder}",
+                license=plain.pretrained_cfg.get("license"),
+            )
             (aside / "README.md").write_text(model_card(plain, measured, context), encoding="utf-8")
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)

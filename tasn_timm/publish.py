@@ -51,8 +51,10 @@ def build_repository(
     dataset, revision, shown = run.dataset
     target.mkdir(parents=True)
     shutil.copyfile(run.folder / "best" / WEIGHTS, target / WEIGHTS)
+    license = license or run.license
     training = run.config["tasn"] | dict(dataset=dataset, dataset_revision=revision)
-    _write_json(target / CONFIG, run.config | dict(tasn=training))
+    cfg = run.config["pretrained_cfg"] | dict(license=license)
+    _write_json(target / CONFIG, run.config | dict(tasn=training, pretrained_cfg=cfg))
     save_recipe(run.public_recipe, target / "recipe.yaml")
     measured = Measured(
         dataset=shown,
@@ -70,7 +72,7 @@ def build_repository(
         source=f"hf-hub:{repo}",
         dataset_id=dataset if dataset and REPO.fullmatch(dataset) else None,
         revision=revision,
-        license=license or model.pretrained_cfg.get("license"),
+        license=license,
         figure=figure,
         differences=run.differences,
         paper=run.paper,
@@ -150,8 +152,8 @@ def config_of(run: FinishedRun) -> HubConfig | None:
     return found[0] if found and not run.differences else None
 
 
-def updated(config: HubConfig, run: FinishedRun, published: Published) -> HubConfig:
-    """A file of hub_configs/ with what is known once its model is published."""
+def updated(config: HubConfig, run: FinishedRun, published: Published, license: str | None = None) -> HubConfig:
+    """A file of hub_configs/ with what is known once its model is published, `license` as for `build_repository`."""
     saved = run.config
     dataset, revision, _ = run.dataset
     tasn = asdict(config.tasn) | dict(
@@ -162,7 +164,8 @@ def updated(config: HubConfig, run: FinishedRun, published: Published) -> HubCon
         commit=published.commit,
         sha256=saved["tasn"]["sha256"],
     )
-    cfg = {key: saved["pretrained_cfg"][key] for key in PICTURE} | dict(label_names=saved["label_names"])
+    cfg = {key: saved["pretrained_cfg"][key] for key in PICTURE}
+    cfg |= dict(label_names=saved["label_names"], license=license or run.license)
     return replace(
         config,
         num_classes=saved["num_classes"],

@@ -180,6 +180,7 @@ def test_the_card_tells_machines_and_people_what_was_measured(hub, command, run,
         "timm",
         "image-classification",
     )
+    assert json.loads(files["config.json"])["pretrained_cfg"]["license"] == "mit", "for those who start from it"
     assert f"| test | 21 | top1 {test['top1']:.2f} % |" in card.text and "licence of these weights is mit" in card.text
     assert "](attention.png)" in card.text and files["attention.png"].startswith(b"\x89PNG")
     results = json.loads(files["eval_results.json"])
@@ -326,7 +327,7 @@ def test_what_was_trained_from_nothing_has_no_licence_but_its_author_s(hub, comm
     assert code == 0, err
     files = hub.repo("me/birds", "model").find().files
     card = ModelCard(files["README.md"].decode())
-    assert card.data.license is None and "nobody stated a licence" in card.text
+    assert card.data.license is None and "Nobody stated a licence" in card.text
     assert not json.loads(files["config.json"])["pretrained_cfg"].get("license")
 
 
@@ -398,6 +399,12 @@ def damage(run: Path) -> None:
     weights.write_bytes(content)
 
 
+def without_block(run: Path) -> None:
+    config = json.loads((run / "best/config.json").read_text())
+    del config["tasn"]
+    (run / "best/config.json").write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -405,6 +412,7 @@ def damage(run: Path) -> None:
         (damage, "has other weights than its description says"),
         (lambda run: shutil.rmtree(run / "best"), "is no folder of a run with best/, recipe.yaml and metrics.jsonl"),
         (shutil.rmtree, "is no folder of a run"),
+        (without_block, "was not saved by training: its config.json says nothing of it"),
     ],
 )
 def test_what_is_no_finished_run_is_refused_and_nothing_reaches_the_hub(hub, command, run, change, message):
@@ -533,19 +541,19 @@ def in_checkout(checkout: Path, code: str, **variables: str) -> subprocess.Compl
 
 @pytest.mark.slow
 def test_the_patch_makes_it_a_named_model(hub, command, birds, checkout, waiting, tmp_path):
-    code, out, err = command(birds, "--repo", "me/birds")
+    code, out, err = command(birds, "--repo", "me/birds", "--license", "mit")
     assert code == 0, err
     before = waiting.read_text()
     (checkout / "change.patch").write_text(out[out.index("--- a/") :].rstrip("\n") + "\n")
     subprocess.run(["git", "apply", "--unsafe-paths", "change.patch"], cwd=checkout, check=True)
     patched = waiting.read_text()
     waiting.write_text(before)
-    code, out, err = command(birds, "--repo", "me/birds", "--write-config")
+    code, out, err = command(birds, "--repo", "me/birds", "--write-config", "--license", "mit")
     assert code == 0 and "written: hub_configs/tasn_tiny.birds.json" in out, err
     assert waiting.read_text() == patched != before
     config, repo = HubConfig.read(waiting), hub.repo("me/birds", "model")
     assert (config.tasn.repo_id, config.tasn.commit) == ("me/birds", repo.find().id)
-    assert config.tasn.measured_top1 == 91.67
+    assert config.tasn.measured_top1 == 91.67 and config.pretrained_cfg["license"] == "mit"
     assert config.model_args.items() >= json.loads(before)["model_args"].items(), "still complete"
 
     # The named model comes from the Hub then, and is checked.

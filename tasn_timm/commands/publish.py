@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
     print(f'load it:  import timm, tasn_timm; model = timm.create_model("{published.source}", pretrained=True).eval()')
     if config is None:
         return
-    after = publish.updated(config, finished, published)
+    after = publish.updated(config, finished, published, options.license)
     if options.write_config:
         after.write(HUB_CONFIGS / f"{config.name}.json")
         print(f"written: hub_configs/{config.name}.json")
