@@ -262,8 +262,8 @@ def sample(image: Tensor, grid: Tensor) -> Tensor:
 def sample_pixels(image: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Sample uint8 pixels where columns at x and rows at y cross, without a float copy of the image.
 
-    The same as `sample`, but nearer to the exact result: no position is rounded by [-1, 1]. Only the H' rows that are
-    looked at become floating point; then columns are picked from them.
+    The same as `sample`, and as near to the exact result. Only the H' rows that are looked at become floating point;
+    then columns are picked from them.
 
     Args:
         image: (B, C, H, W), uint8.

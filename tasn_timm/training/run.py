@@ -57,6 +57,8 @@ class Run:
         metrics.jsonl     a line every log_interval batches ("step"), every epoch ("epoch"), and for the test ("test")
         last/  best/      models in timm's Hub format; best by the validation split, the last one where there is none
         checkpoints/      everything that it takes to go on
+        bad_images.jsonl  pictures that could not be read, if any
+        lock              held while somebody trains in it
 
     The main process writes; the folder must be visible to all of them.
 
@@ -314,7 +316,8 @@ def find_folder(resume: str | None, output: Path, name: str) -> Path | None:
         name: Of the run.
 
     Returns:
-        None for a new run: with None, and with "auto" where there is none, or only one without checkpoints.
+        None for a new run: with None, and with "auto" where there is none, or the newest has a model, but no
+        checkpoints (any more).
 
     Raises:
         UserError: A folder that is no run.

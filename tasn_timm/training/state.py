@@ -154,9 +154,7 @@ class TrainingState:
         Raises:
             UserError: It was saved by a run of other settings, or does not fit.
         """
-        newest, broken = self.checkpoints.newest() if self.accelerator.is_main_process else (None, [])
-        for message in broken:
-            print(f"not a whole checkpoint: {message}", file=sys.stderr, flush=True)
+        newest = _newest(self.checkpoints) if self.accelerator.is_main_process else None
         (newest,) = broadcast_object_list([newest])
         if newest is None:
             if resume != "auto":
@@ -243,7 +241,7 @@ def load_weights(resume: str, output: Path, name: str, model: nn.Module, label_n
         UserError: There is none, or it does not fit.
     """
     folder = find_folder(resume, output, name)
-    newest, _ = Checkpoints(folder / "checkpoints", keep=1).newest() if folder else (None, [])
+    newest = _newest(Checkpoints(folder / "checkpoints", keep=1)) if folder else None
     if newest is None:
         raise UserError(f"--resume {resume}: there is no checkpoint of {name!r} in {str(folder or output)!r}.")
     if newest.about["label_names"] != label_names:
@@ -253,6 +251,14 @@ def load_weights(resume: str, output: Path, name: str, model: nn.Module, label_n
         model.load_state_dict(state["average"] or state["model"])
     except RuntimeError as error:
         raise UserError(f"{str(newest.folder)!r} does not fit this model: {_short(error)}") from error
+
+
+def _newest(checkpoints: Checkpoints) -> Checkpoint | None:
+    """The newest whole one; what is wrong with newer ones is told."""
+    newest, broken = checkpoints.newest()
+    for message in broken:
+        print(f"not a whole checkpoint: {message}", file=sys.stderr, flush=True)
+    return newest
 
 
 def _short(error: Exception) -> str:
