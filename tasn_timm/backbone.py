@@ -22,7 +22,7 @@ def backbone_cfg(name: str) -> PretrainedCfg:
     """
     architecture, tag = split_model_name_tag(name)
     if not timm.is_model(architecture):
-        raise unknown("timm model", name, timm.list_models())
+        raise unknown("timm model", name, timm.list_models(), "timm.list_models()")
     tagged = get_arch_pretrained_cfgs(architecture)
     if tag and name not in tagged:
         raise unknown(f"weights of {architecture}:", name, tagged)

@@ -20,6 +20,16 @@ ADVICE = {
     errno.ENOSPC: "free some space, or choose another place",
     errno.EDQUOT: "free some space, or choose another place",
 }
+# Kinds of values, in words.
+KINDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list [...]",
+    dict: "{key: value}",
+    type(None): "null",
+}
 SIGPIPE = 13  # signal.SIGPIPE, which Windows does not have, nor BrokenPipeErrors of its standard output
 
 
@@ -47,13 +57,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}: see {self.prog} --help.")
 
 
-def unknown(what: str, got: object, allowed: Iterable[str]) -> UserError:
+def unknown(what: str, got: object, allowed: Iterable[str], see: str = "") -> UserError:
     """Build the error for a name that is not in a fixed set.
 
     Args:
         what: What the name stands for, e.g. "normalization".
         got: The name that was given.
         allowed: The names that exist. More than 30 are not listed, only the closest ones named.
+        see: What says all of them where none is close, e.g. "timm.list_models()".
 
     Returns:
         The error, for the caller to raise: "unknown normalization 'spatail': did you mean 'spatial'? Choose from ...".
@@ -62,6 +73,8 @@ def unknown(what: str, got: object, allowed: Iterable[str]) -> UserError:
     close = get_close_matches(str(got), allowed, n=3, cutoff=0.6)
     hint = f": did you mean {' or '.join(map(repr, close))}?" if close else "."
     choice = f" Choose from {', '.join(allowed)}." if len(allowed) <= 30 else ""
+    if see and not (close or choice):
+        choice = f" See {see}."
     return UserError(f"unknown {what} {got!r}{hint}{choice}")
 
 

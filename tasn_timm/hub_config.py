@@ -11,7 +11,7 @@ from typing import Any
 
 from timm.models import PretrainedCfg
 
-from .errors import UserError, unknown
+from .errors import KINDS, UserError, unknown
 
 # Where an installed package keeps them, else the checkout's top level.
 HUB_CONFIGS = next(
@@ -24,7 +24,6 @@ HUB_CONFIGS = next(
 PICTURE = dict(input_size=list, crop_pct=float, interpolation=str, mean=list, std=list)
 ELSEWHERE = {"architecture", "tag", "num_classes", "source", "file", "state_dict"}
 
-KINDS = {str: "text", int: "a whole number", float: "a number", list: "a list", dict: "{...}", type(None): "null"}
 FORMATS = {
     "commit": (r"[0-9a-f]{40}", "40 hex digits"),
     "sha256": (r"[0-9a-f]{64}", "64 hex digits"),

@@ -15,7 +15,7 @@ import yaml
 from timm.optim import get_optimizer_info, list_optimizers
 from timm.utils import ParseKwargs
 
-from .errors import Parser, UserError, no_effect, unknown
+from .errors import KINDS, Parser, UserError, no_effect, unknown
 
 RECIPES = Path(__file__).parent / "recipes"
 BASES = RECIPES / "base"  # what recipes share; no recipes themselves
@@ -25,6 +25,7 @@ BASES = RECIPES / "base"  # what recipes share; no recipes themselves
 _RANGES: dict[str, Callable[[float], bool]] = {
     "at least 1": lambda value: value >= 1,
     "0 or more": lambda value: 0 <= value < math.inf,
+    "0 to 4294967295": lambda value: 0 <= value < 2**32,  # NumPy's
     "more than 0": lambda value: 0 < value < math.inf,
     "between 0 and 1": lambda value: 0 <= value <= 1,
     "more than 0 and less than 1": lambda value: 0 < value < 1,
@@ -100,7 +101,7 @@ class Recipe:
 
     # loss
     smoothing: float = _option(0.0, "label smoothing, 0 to 1", must_be="between 0 and 1")
-    temperature: float = _option(10.0, "TASN: T of the soft targets (Eq. 6)")
+    temperature: float = _option(10.0, "TASN: T of the soft targets (Eq. 6)", must_be="more than 0")
     soft_weight: float = _option(2.0, "TASN: lambda, weight of the distillation (Eq. 8)", must_be="0 or more")
     part_weight: float = _option(1.0, "TASN: weight of the detail image's classification", must_be="0 or more")
     attention_weight: float = _option(1.0, "TASN: weight of the attention net's classification", must_be="0 or more")
@@ -131,7 +132,7 @@ class Recipe:
         must_be="0 or more",
     )
     weight_decay: float = _option(0.05, "weight decay, not on biases and norms", must_be="0 or more")
-    momentum: float = _option(0.9, "momentum, for optimizers that have it")
+    momentum: float = _option(0.9, "momentum, for optimizers that have it", must_be="0 or more")
     opt_kwargs: dict = _option({}, "more arguments of the optimizer")
     layer_decay: float | None = _option(
         None,
@@ -145,7 +146,7 @@ class Recipe:
         must_be="more than 0 and less than 1",
     )
     sched: Literal["cosine", "tanh", "multistep"] = _option("cosine", "timm scheduler, stepped every update")
-    warmup_epochs: float = _option(4.0, "epochs of linear warm-up from warmup_lr")
+    warmup_epochs: float = _option(4.0, "epochs of linear warm-up from warmup_lr", must_be="0 or more")
     warmup_lr: float = _option(4e-4, "learning rate at the start of the warm-up", must_be="0 or more")
     min_lr: float = _option(4e-5, "learning rate at the end", must_be="0 or more")
     decay_milestones: list = _option([], "epochs at which the multistep scheduler decays")
@@ -157,7 +158,7 @@ class Recipe:
     sync_bn: bool = _option(False, "BatchNorm over the images of all processes; GPUs only")
 
     # running
-    seed: int = _option(0, "seed of weights, data order, augmentation and part selection")
+    seed: int = _option(0, "seed of weights, data order, augmentation and part selection", must_be="0 to 4294967295")
     mixed_precision: Literal["no", "bf16", "fp16"] | None = _option(
         None, "precision; null: as accelerate is configured"
     )
@@ -185,7 +186,7 @@ class Recipe:
         for entry in dataclasses.fields(self):
             setattr(self, entry.name, _typed(entry, getattr(self, entry.name)))
             _check_range(entry, getattr(self, entry.name))
-        if not 0 <= self.warmup_epochs < self.epochs:
+        if self.warmup_epochs >= self.epochs:
             raise UserError(
                 f"recipe: warmup_epochs must be less than epochs ({self.epochs}), got {self.warmup_epochs}: lower it "
                 f"(--warmup-epochs 0: no warm-up)."
@@ -210,7 +211,7 @@ class Recipe:
                 f"side ({self.resize or self.img_size})."
             )
         if self.opt not in list_optimizers():
-            raise unknown("optimizer", self.opt, list_optimizers())
+            raise unknown("optimizer", self.opt, list_optimizers(), "timm.optim.list_optimizers()")
         if get_optimizer_info(self.opt).second_order:
             raise UserError(f"recipe: opt {self.opt} needs second derivatives, which are not computed: take another.")
         if self.resize is not None and self.resize < self.img_size:
@@ -288,7 +289,7 @@ class PaperRow:
 
     def __post_init__(self) -> None:
         if not isinstance(self.table, int | str) or isinstance(self.table, bool):
-            raise UserError(f"recipe: table must be int or text such as '4.2', got {self.table!r}.")
+            raise UserError(f"recipe: table must be a whole number or text such as '4.2', got {self.table!r}.")
         for entry in dataclasses.fields(self)[1:]:
             setattr(self, entry.name, _typed(entry, getattr(self, entry.name)))
         if self.ensemble < 1:
@@ -321,7 +322,7 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     known = [entry.name for entry in dataclasses.fields(Recipe)]
     for key in options:
         if key not in known:
-            raise unknown(f"option in recipe {name!r}:", key, known)
+            raise unknown(f"option in recipe {name!r}:", key, known, "train_accelerate.py --help")
     return Recipe(**options)
 
 
@@ -358,7 +359,8 @@ def _find(name: str) -> Path:
     if path.suffix not in (".yaml", ".yml"):
         path = RECIPES / f"{name}.yaml"
         if not path.exists():
-            raise unknown("recipe", name, (p.stem for p in RECIPES.glob("*.yaml")))
+            names = (path.stem for path in RECIPES.glob("*.yaml"))
+            raise unknown("recipe", name, names, "python -m tasn_timm recipes; a file's name ends in .yaml")
     elif not path.exists():
         raise UserError(f"there is no recipe file {name!r}; give a path to a YAML file or the name of a recipe.")
     return path
@@ -466,7 +468,7 @@ def parse_args(args: list[str]) -> tuple[str, Recipe, Launch]:
         ) from None
     if rest:
         flags = [option for action in parser._actions for option in action.option_strings]
-        raise unknown("argument", rest[0], flags)
+        raise unknown("argument", rest[0], flags, "--help")
     overrides = vars(overrides)
     name = overrides.pop("recipe")
     launch = {entry.name: overrides.pop(entry.name) for entry in dataclasses.fields(Launch) if entry.name in overrides}
@@ -520,7 +522,7 @@ def _typed(entry: dataclasses.Field, value: Any) -> Any:
         except ValueError:
             pass
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f"recipe: {entry.name} must be {getattr(kind, '__name__', kind)}, got {value!r}.")
+        raise UserError(f"recipe: {entry.name} must be {KINDS[kind]}, got {value!r}.")
     return value
 
 

@@ -503,7 +503,7 @@ def test_scores_count_classes_and_tell_top5_only_beyond_5():
         (["evaluate", "runs/none"], "there is no model folder 'runs/none'"),
         (["evaluate", "local-dir:none"], "there is no model folder 'none'"),
         (["evaluate", "tasn_tny"], "unknown timm model 'tasn_tny': did you mean 'tasn_tiny'"),
-        (["evaluate", "runs2"], "unknown timm model 'runs2'. A model is a folder of training, hf-hub:user/name or a"),
+        (["evaluate", "runs2"], "unknown timm model 'runs2'. See timm.list_models(). A model is a folder of training,"),
         (["evaluate", "hub:user/name"], "there is no model folder 'hub:user/name'"),
         (["evaluate", "tasn_tiny.cub"], "unknown weights of tasn_tiny"),
         (["evaluate", "tasn_resnet50.in1k", "synthbirds"], "'tasn_resnet50.in1k' has no trained classifier"),

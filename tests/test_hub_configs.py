@@ -104,8 +104,8 @@ def test_the_keys_are_in_a_fixed_order(tmp_path):
         ((), dict(num_classes="24"), "{file}: num_classes must be a whole number, got '24'."),
         ((), dict(num_classes=True), "{file}: num_classes must be a whole number, got True."),
         ((), dict(num_classes=0), "{file}: num_classes must be at least 1, got 0."),
-        ((), dict(model_args=None), "{file}: model_args must be {{...}}, got None."),
-        ((), dict(tasn=[]), "{file}: tasn must be {{...}}, got []."),
+        ((), dict(model_args=None), "{file}: model_args must be {{key: value}}, got None."),
+        ((), dict(tasn=[]), "{file}: tasn must be {{key: value}}, got []."),
         (("tasn",), dict(recip="x"), "unknown key in tasn block of {file}: 'recip': did you mean 'recipe'?"),
         (("tasn",), dict(sha256=...), "tasn block of {file} has no 'sha256': it needs recipe, dataset,"),
         (("tasn",), dict(recipe=3), "tasn block of {file}: recipe must be text or null, got 3."),
@@ -153,7 +153,7 @@ def test_a_file_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match=rf"^{path.name} cannot be read: Expecting property name [^\n]*$"):
         HubConfig.read(path)
     path.write_text("[]")
-    with pytest.raises(ValueError, match=rf"^{path.name} must be {{...}}, got \[\].$"):
+    with pytest.raises(ValueError, match=rf"^{path.name} must be {{key: value}}, got \[\].$"):
         HubConfig.read(path)
 
 

@@ -226,7 +226,7 @@ def test_only_what_is_asked_for_is_loaded(tmp_path):
     assert list(splits) == ["validation", "test"]
     cached = {path.name for path in (tmp_path / "cache").rglob("*.arrow")}
     assert {name.split("-")[-1] for name in cached} == {"validation.arrow", "test.arrow"}, "train is not converted"
-    message = "no split 'x', only train, validation, test: choose one of these with --split"
+    message = "no split 'x', only train, validation, test: choose one of these."
     for options in (dict(only=["x"]), dict(only=["test", "x"]), dict(only=["x"], streaming=True)):
         assert message in refused("birds", **options)
 

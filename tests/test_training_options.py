@@ -595,6 +595,15 @@ def test_validate_only_scores_the_newest_checkpoint_and_writes_nothing(
     assert tree(tmp_path) == before
 
 
+def test_validate_only_tells_of_a_damaged_checkpoint_that_it_passes_over(train, tmp_path):
+    arguments = (*QUICK, "--epochs", "2")
+    assert train(*arguments)[0] == 0
+    newest = max((tmp_path / "runs/small/checkpoints").iterdir())
+    (newest / "state.pt").write_bytes(b"")
+    code, _, err = train(*arguments, "--resume", "auto", "--validate-only")
+    assert code == 0 and "not a whole checkpoint: " in err and newest.name in err
+
+
 def test_validate_only_refuses_the_images_of_other_classes(train, tmp_path, image_folder):
     assert train(*QUICK, "--epochs", "1")[0] == 0
     other = shutil.copytree(image_folder, tmp_path / "other")
@@ -693,7 +702,7 @@ def test_a_few_images_can_be_learned_by_heart(train, tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         ("--max-steps 0", "max_steps must be at least 1, got 0"),
-        ("--max-steps 1.5", "max_steps must be int, got 1.5"),
+        ("--max-steps 1.5", "max_steps must be a whole number, got 1.5"),
         ("--dry-run --max-steps 3", "max_steps=3 has no effect with dry_run"),
         ("--dry-run --resume auto", "resume='auto' has no effect with dry_run"),
         ("--dry-run --validate-only", "validate_only=True has no effect with dry_run"),
@@ -712,7 +721,7 @@ def test_a_few_images_can_be_learned_by_heart(train, tmp_path, monkeypatch):
         ("--checkpoint-hist 0", "checkpoint_hist must be at least 1"),
         ("--log-interval 0", "log_interval must be at least 1"),
         ("--streaming --no-drop-last", "drop_last=False has no effect with streaming"),
-        ("--trackers tensorboard", "trackers must be list, got 'tensorboard'"),
+        ("--trackers tensorboard", "trackers must be a list [...], got 'tensorboard'"),
         ("--overfit-batches 3 --batch-size 64", "fewer than batch_size 64"),
         ("--model vit_tiny_patch16_224", "does not take pictures of img_size 32: Input height (32) doesn't"),
         ("--drop-lst", "did you mean '--drop-last'"),

@@ -116,7 +116,7 @@ def run(options: argparse.Namespace) -> None:
     models = [load_model(source) for source in sources]
     keys = dict(input_key=options.input_key, target_key=options.target_key)
     with accelerator.local_main_process_first():  # on each machine the first process fills the cache
-        splits = load_splits(data, only=[options.split], **keys)
+        splits = load_splits(data, only={options.split: "choose one of these with --split"}, **keys)
     split, names = pick_split(splits, options.split, "--split", data), class_names(splits)
     labels = common_classes(sources, models, data, names)
     _check_different(sources, models)

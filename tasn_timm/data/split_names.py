@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
@@ -29,7 +29,7 @@ def wanted_splits(names: Collection[str], only: Collection[str], data: str) -> l
 
     Args:
         names: Of all splits.
-        only: The ones asked for, under any usual name.
+        only: The ones asked for, under any usual name; as a mapping, with what to do where one is not there.
         data: The dataset's name, for the message.
 
     Raises:
@@ -37,10 +37,8 @@ def wanted_splits(names: Collection[str], only: Collection[str], data: str) -> l
     """
     missing = [split for split in only if find_split(names, split) is None]
     if missing:
-        raise UserError(
-            f"dataset {data!r} has no split {missing[0]!r}, only {', '.join(names)}: choose one of these with --split, "
-            f"or in training with --train-split, --val-split or --test-split, of which the last two may be null."
-        )
+        advice = only[missing[0]] if isinstance(only, Mapping) else "choose one of these"
+        raise UserError(f"dataset {data!r} has no split {missing[0]!r}, only {', '.join(names)}: {advice}.")
     wanted = {find_split(names, split) for split in only}
     return [split for split in names if split in wanted]
 

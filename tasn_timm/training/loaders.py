@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 
 Splits = dict[str, "datasets.Dataset | datasets.IterableDataset"]
 
+# What to do where one of a recipe's splits is not there.
+ADVICE = dict(
+    train="set train_split to one of these",
+    val="set val_split to one of these, or to null for none",
+    test="set test_split to one of these, or to null for none",
+)
+
 
 def load_data(recipe: Recipe) -> tuple[Splits, str]:
     """Load the splits that a recipe uses.
@@ -44,10 +51,10 @@ def load_data(recipe: Recipe) -> tuple[Splits, str]:
     names = {role: split for role, split in chosen.items() if split is not None}
     picked = {}
     if recipe.streaming:
-        stream = load_splits(recipe.data, only=[recipe.train_split], streaming=True, **keys)
+        stream = load_splits(recipe.data, only={recipe.train_split: ADVICE["train"]}, streaming=True, **keys)
         picked["train"] = pick_split(stream, names.pop("train"), "train_split", recipe.data)
     if names:
-        splits = load_splits(recipe.data, only=list(names.values()), **keys)
+        splits = load_splits(recipe.data, only={split: ADVICE[role] for role, split in names.items()}, **keys)
         picked |= {role: pick_split(splits, split, f"{role}_split", recipe.data) for role, split in names.items()}
     classes = {role: split.features["label"].names for role, split in picked.items()}
     for role, labels in classes.items():
