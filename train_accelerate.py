@@ -8,7 +8,7 @@ python train_accelerate.py --help                                      # every o
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import NamedTuple
 from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
 from timm.data import resolve_model_data_config
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tasn_timm.data.loading import Batch, keyed_randomness, keyed_seed, seed_torch
@@ -118,16 +118,13 @@ def train(name: str, recipe: Recipe, launch: Launch, accelerator: Accelerator, s
     recipe, plan, loaders = built.recipe, built.plan, built.loaders
     if launch.dry_run:  # leaves nothing behind, on a tracker's server neither
         recipe = replace(recipe, trackers=[])
-    saved_with = built.label_names, built.data_config
-    run = Run(name, recipe, accelerator, built.scored, *saved_with, built.flops, launch.resume)
+    run = Run(name, recipe, accelerator, built.scored, built.label_names, built.data_config, built.flops, launch.resume)
     with closing(run), out_of_memory(recipe, accelerator, built.scored, plan.images % plan.group):
         bad_images = BadImages(recipe.max_bad_images, recipe.train_split, run.folder / "bad_images.jsonl", accelerator)
         state = TrainingState(recipe, accelerator, plan, built.parts, run, bad_images, built.fingerprint)
-        probe = ZoomProbe(built.scored, loaders.get("val", loaders["train"]), built.parts.normalize, accelerator)
         if not (launch.resume and state.resume(launch.resume, launch.resume_inexact)):
             run.begin()
             state.save()
-        batches = batches_from(loaders["train"], *astuple(state.position), recipe.epochs, accelerator)
 
         def scores(role: str) -> Scores | None:
             if role not in loaders:
@@ -135,20 +132,7 @@ def train(name: str, recipe: Recipe, launch: Launch, accelerator: Accelerator, s
             return evaluate(accelerator, built.predict.eval(), loaders[role], stop.check, launch.eval_batches)
 
         with nullcontext() if launch.dry_run else can_go_on():
-            try:
-                while state.goes_on(launch.train_steps):
-                    epoch = state.position.epoch
-                    progress = train_one_epoch(name, launch, accelerator, built, state, batches, stop)
-                    validation = scores("val")
-                    run.end_epoch(epoch, state.step, progress, built.parts.rates, validation, probe.measure())
-                    if state.position.images < plan.images:
-                        assert state.ends_at(launch.train_steps)
-                        break
-                    state.end_epoch()
-            except Interrupted:
-                if not launch.dry_run:
-                    state.save()
-                raise
+            progress, validation = train_epochs(name, launch, accelerator, built, state, stop, scores)
             if "test" in loaders:
                 run.load_best()
                 run.finish(state.step, state.planned_steps, state.inexact, scores("test"))
@@ -157,6 +141,40 @@ def train(name: str, recipe: Recipe, launch: Launch, accelerator: Accelerator, s
         accelerator.print(estimate(recipe, plan, progress, loaders, run.test_scores or validation, run.folder))
     accelerator.free_memory()
     return run
+
+
+def train_epochs(
+    name: str,
+    launch: Launch,
+    accelerator: Accelerator,
+    built: Built,
+    state: TrainingState,
+    stop: StopRequest,
+    scores: Callable[[str], Scores | None],
+) -> tuple[Progress | None, Scores | None]:
+    """Train the epochs that are left, each with its validation; returns the last one's averaged losses and scores.
+
+    A signal ends them with a checkpoint.
+    """
+    recipe, loaders, run = built.recipe, built.loaders, state.run
+    probe = ZoomProbe(built.scored, loaders.get("val", loaders["train"]), built.parts.normalize, accelerator)
+    batches = batches_from(loaders["train"], *astuple(state.position), recipe.epochs, accelerator)
+    progress = validation = None
+    try:
+        while state.goes_on(launch.train_steps):
+            epoch = state.position.epoch
+            progress = train_one_epoch(name, launch, accelerator, built, state, batches, stop)
+            validation = scores("val")
+            run.end_epoch(epoch, state.step, progress, built.parts.rates, validation, probe.measure())
+            if state.position.images < built.plan.images:
+                assert state.ends_at(launch.train_steps)
+                break
+            state.end_epoch()
+    except Interrupted:
+        if not launch.dry_run:
+            state.save()
+        raise
+    return progress, validation
 
 
 @contextmanager
@@ -179,7 +197,7 @@ def train_one_epoch(
 ) -> Progress:
     """One pass over the training split, or what is left of it; returns the averaged losses."""
     recipe, plan, parts = built.recipe, built.plan, built.parts
-    epoch, processes = state.position.epoch, accelerator.num_processes
+    epoch = state.position.epoch
     parts.model.train()
     parts.freeze.begin_epoch(epoch)
     done = plan.passes_of(state.position.images)
@@ -194,18 +212,8 @@ def train_one_epoch(
             group = min(plan.group, plan.images - state.position.images)  # images of this step, of all processes
             last = index + plan.passes_of(group) - 1  # forward pass of it
         state.bad_images.add(batch.bad)
-        # Dropout, mixup and the choice of parts depend on nothing but the place in the run.
-        place = (recipe.seed, "step", epoch, index, accelerator.process_index)
-        seed_torch(keyed_seed(*place))
-        images, targets = parts.normalize(batch.images), batch.labels
-        if parts.mix:
-            with keyed_randomness(*place):
-                images, targets = parts.mix(images, targets)
         with nullcontext() if index == last else accelerator.no_sync(parts.model):
-            loss = parts.objective(parts.model(images), targets)
-            share = len(batch.labels) * processes / group  # DDP averages over the processes
-            accelerator.backward(state.guard.marked(loss["loss"]) * share)
-        losses.append({part: value.detach() for part, value in loss.items()})
+            losses.append(forward_and_backward(accelerator, built, state, batch, index, group))
         ids += batch.ids
         progress.add(losses[-1], len(batch.labels))
         if index < last:
@@ -235,6 +243,24 @@ def train_one_epoch(
     if parts.average:  # each process has averaged its own BatchNorm statistics: the main one's count, as in DDP
         broadcast(list(parts.average.module.buffers()))
     return progress
+
+
+def forward_and_backward(
+    accelerator: Accelerator, built: Built, state: TrainingState, batch: Batch, index: int, group: int
+) -> dict[str, Tensor]:
+    """Add the gradient of a batch, the `index`-th of an epoch, to that of its step's `group` images; its losses."""
+    parts = built.parts
+    # Dropout, mixup and the choice of parts depend on nothing but the place in the run.
+    place = (built.recipe.seed, "step", state.position.epoch, index, accelerator.process_index)
+    seed_torch(keyed_seed(*place))
+    images, targets = parts.normalize(batch.images), batch.labels
+    if parts.mix:
+        with keyed_randomness(*place):
+            images, targets = parts.mix(images, targets)
+    loss = parts.objective(parts.model(images), targets)
+    share = len(batch.labels) * accelerator.num_processes / group  # DDP averages over the processes
+    accelerator.backward(state.guard.marked(loss["loss"]) * share)
+    return {part: value.detach() for part, value in loss.items()}
 
 
 def validate(name: str, recipe: Recipe, launch: Launch, accelerator: Accelerator) -> None:
