@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .benchmark import Contender, Machine, Work, create_contenders, fixed_cost, measure
+from .benchmark import Machine, Work, measure
+from .contenders import Contender, create_contenders, fixed_cost
 from .errors import UserError
 from .files import completing
 from .tasn import TASN

@@ -15,26 +15,21 @@ from tasn_timm import cli, cost_plot
 from tasn_timm.benchmark import (
     _PRODUCTS,
     MODES,
-    PARTS,
     WARM_UP,
     Cell,
-    Contender,
     Inference,
     Machine,
     Training,
     Work,
-    _plain,
-    _plain_name,
     clocked_parts,
-    create_contenders,
     find_device,
-    fixed_cost,
     measure,
     summaries,
     turns,
 )
 from tasn_timm.classifier import BackboneClassifier
 from tasn_timm.commands.benchmark import cost_table, timings_table
+from tasn_timm.contenders import PARTS, Contender, _plain, _plain_name, create_contenders, fixed_cost
 from tasn_timm.errors import UserError
 
 CPU = Machine(torch.device("cpu"), rounds=2)
@@ -210,7 +205,7 @@ def test_a_size_that_cannot_be_is_told(monkeypatch):
             raise UserError("too large.")
         return model
 
-    monkeypatch.setattr("tasn_timm.benchmark._plain", refuse)
+    monkeypatch.setattr("tasn_timm.contenders._plain", refuse)
     contenders, left_out = create_contenders("test_resnet")
     assert [each.name for each in contenders] == ["test_resnet @ 160"]
     assert left_out == ["test_resnet @ 320 is left out: too large."]

@@ -104,7 +104,8 @@ def _check_plot(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace, machine: "Machine", tell: Callable[[str], None]) -> dict:
     """Measure and tell of every model in every setting."""
-    from ..benchmark import Work, create_contenders, fixed_cost, measure
+    from ..benchmark import Work, measure
+    from ..contenders import create_contenders, fixed_cost
 
     created = [create_contenders(name) for name in dict.fromkeys(options.models)]
     contenders = list({each.name: each for some, _ in created for each in some}.values())

@@ -19,7 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import tasn_timm  # noqa: F401
-from tasn_timm.benchmark import Contender, Machine, Training, Work
+from tasn_timm.benchmark import Machine, Training, Work
+from tasn_timm.contenders import Contender
 
 # Operators by what they are for; the first that fits counts. Time is an operator's own, without those that it calls.
 KINDS = {
