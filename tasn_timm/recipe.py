@@ -430,6 +430,16 @@ def _ruled_out(options: Mapping[str, Any]) -> dict[str, str]:
     return ruled_out
 
 
+class _KeyValues(ParseKwargs):
+    """timm's, which splits at "=" whether there is one or not."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        for value in values:
+            if "=" not in value:
+                raise UserError(f"{option_string} takes KEY=VALUE, such as sample_size=336, got {value!r}.")
+        super().__call__(parser, namespace, values, option_string)
+
+
 def parse_args(args: list[str]) -> tuple[str, Recipe, Launch]:
     """Parse the command line of train_accelerate.py.
 
@@ -453,19 +463,12 @@ def parse_args(args: list[str]) -> tuple[str, Recipe, Launch]:
         options = dict(dest=entry.name, default=argparse.SUPPRESS, help=text)
         flag = f"--{entry.name.replace('_', '-')}"
         if entry.type is dict:
-            parser.add_argument(flag, nargs="*", action=ParseKwargs, metavar="KEY=VALUE", **options)
+            parser.add_argument(flag, nargs="*", action=_KeyValues, metavar="KEY=VALUE", **options)
         elif entry.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         else:
             parser.add_argument(flag, type=_text_or_yaml(entry), metavar="VALUE", **options)
-    try:
-        overrides, rest = parser.parse_known_args([_dashed(argument) for argument in args])
-    except UserError:
-        raise
-    except ValueError as error:  # ParseKwargs splits at "=" and evaluates
-        raise UserError(
-            f"KEY=VALUE arguments cannot be read: {error}. Write them as sample_size=336 heads=shared."
-        ) from None
+    overrides, rest = parser.parse_known_args([_dashed(argument) for argument in args])
     if rest:
         flags = [option for action in parser._actions for option in action.option_strings]
         raise unknown("argument", rest[0], flags, "--help")

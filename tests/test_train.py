@@ -176,7 +176,7 @@ def test_training_goes_on_from_a_folder(train, tmp_path):
             ["--sched", "multistep", "--decay-milestones", "[1, 2]", "--epochs", "2", "--warmup-epochs", "0"],
             "decay_milestones [1, 2] must be less than epochs (2)",
         ),
-        (["--model-kwargs", "foo"], "KEY=VALUE arguments cannot be read"),
+        (["--model-kwargs", "foo"], "--model-kwargs takes KEY=VALUE, such as sample_size=336, got 'foo'"),
         (["--model-kwargs", "in_chans=1"], "pictures have 3 channels"),
         (["--model", "tasn_tiny", "--pretrained", "--model-kwargs", "attention_net=tny"], "did you mean 'tiny'"),
         (["--compare", "nowhere"], "unknown recipe 'nowhere'"),

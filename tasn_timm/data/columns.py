@@ -41,7 +41,9 @@ def standard_columns(source: Source, name: str, input_key: str | None, target_ke
     image = _image_column(features, name, input_key, source.table)
     label = _label_column(features, name, target_key)
     if image == label:
-        raise UserError(f"column {image!r} of dataset {name!r} cannot be both --input-key and --target-key.")
+        raise UserError(
+            f"column {image!r} of dataset {name!r} cannot be both --input-key and --target-key: name another for one."
+        )
     columns = {image: "image", label: "label"}
     columns |= {key: key for key in ("super", "image_id") if key in features and key not in columns}
     splits = _rename(splits.select_columns(list(columns)), {k: v for k, v in columns.items() if k != v})
@@ -174,10 +176,15 @@ def _images(splits: Splits, original: str, source: Source, name: str) -> Splits:
             f"column {original!r} of dataset {name!r} must be images, or paths or bytes of images, but is {feature}: "
             f"name another one with --input-key."
         )
-    if source.folder is None or is_stream(splits):
+    if source.folder is None:
         raise UserError(
-            f"column {original!r} of dataset {name!r} has paths, which are read from folders on this machine only, and "
-            f"not when streaming: use a dataset with the images themselves."
+            f"column {original!r} of dataset {name!r} has paths, which are read from folders on this machine only: use "
+            f"a dataset with the images themselves."
+        )
+    if is_stream(splits):
+        raise UserError(
+            f"column {original!r} of dataset {name!r} has paths, which are not read when streaming: leave out "
+            f"--streaming."
         )
     return type(splits)({split: _from_paths(rows, source.folder, name) for split, rows in splits.items()})
 

@@ -77,10 +77,10 @@ def open_data(name: str, *, only: Collection[str] | None = None, streaming: bool
         return BUILT_IN[name](name, **options)
     if path.is_dir():
         return _load_folder(path, **options)
-    if path.is_file() and path.suffix.lower() != ".csv":
-        raise UserError(f"{name!r} is neither a folder nor a .csv file: give the folder that it is in, or a table.")
     if path.suffix.lower() == ".csv":
         return _load_tables([path])
+    if path.is_file():
+        raise UserError(f"{name!r} is neither a folder nor a .csv file: give the folder that it is in, or a table.")
     if HUB_ID.fullmatch(name):
         return Source(load_from_hub(name, **options))
     if "/" not in name:

@@ -44,6 +44,7 @@ PACKAGES = (
     "huggingface-hub",
     "safetensors",
     "pillow",
+    "numpy",
 )
 
 LOCK_WAIT = 10  # seconds, in which the workers of a process that was killed have ended, too
