@@ -84,6 +84,7 @@ class Built(NamedTuple):
     parts: Parts
     scored: nn.Module  # what is evaluated and published: the model or the average of its weights, not wrapped
     predict: nn.Module  # pixels to its logits
+    probe: ZoomProbe
 
 
 def build(recipe: Recipe, accelerator: Accelerator) -> Built:
@@ -108,7 +109,8 @@ def build(recipe: Recipe, accelerator: Accelerator) -> Built:
     parts = prepare_parts(parts, accelerator)
     prepared = accelerator.prepare_model(scored, evaluation_mode=True) if parts.average else parts.model
     predict = nn.Sequential(parts.normalize, prepared)
-    return Built(recipe, names, plan, loaders, data_config, flops, fingerprint(splits), parts, scored, predict)
+    probe = ZoomProbe(scored, loaders.get("val", loaders["train"]), parts.normalize, accelerator)
+    return Built(recipe, names, plan, loaders, data_config, flops, fingerprint(splits), parts, scored, predict, probe)
 
 
 def train(name: str, recipe: Recipe, launch: Launch, accelerator: Accelerator, stop: StopRequest) -> Run:
@@ -156,16 +158,14 @@ def train_epochs(
 
     A signal ends them with a checkpoint.
     """
-    recipe, loaders, run = built.recipe, built.loaders, state.run
-    probe = ZoomProbe(built.scored, loaders.get("val", loaders["train"]), built.parts.normalize, accelerator)
-    batches = batches_from(loaders["train"], *astuple(state.position), recipe.epochs, accelerator)
+    batches = batches_from(built.loaders["train"], *astuple(state.position), built.recipe.epochs, accelerator)
     progress = validation = None
     try:
         while state.goes_on(launch.train_steps):
             epoch = state.position.epoch
             progress = train_one_epoch(name, launch, accelerator, built, state, batches, stop)
             validation = scores("val")
-            run.end_epoch(epoch, state.step, progress, built.parts.rates, validation, probe.measure())
+            state.run.end_epoch(epoch, state.step, progress, built.parts.rates, validation, built.probe.measure())
             if state.position.images < built.plan.images:
                 assert state.ends_at(launch.train_steps)
                 break
@@ -271,7 +271,7 @@ def validate(name: str, recipe: Recipe, launch: Launch, accelerator: Accelerator
         raise UserError("--validate-only needs a validation split: name one with --val-split.")
     built = build(recipe, accelerator)
     if launch.resume:
-        load_weights(launch.resume, Path(recipe.output), name, built.scored, built.label_names)
+        load_weights(launch.resume, Path(recipe.output), name, built.scored, built.label_names, accelerator)
     with out_of_memory(recipe, accelerator, built.scored):
         scores = evaluate(accelerator, built.predict.eval(), built.loaders["val"])
     accelerator.print(json.dumps(dict(split=recipe.val_split) | scores.metrics))

@@ -1,6 +1,6 @@
 """Backbone: any model of timm's, found by name, tried without values, created without weights."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import timm
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .errors import UserError, unknown
 
-# timm's arguments that name places of this machine.
+# timm's arguments that say where weights are, on this machine or elsewhere.
 PLACES = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 
@@ -27,6 +27,21 @@ def backbone_cfg(name: str) -> PretrainedCfg:
     if tag and name not in tagged:
         raise unknown(f"weights of {architecture}:", name, tagged)
     return get_pretrained_cfg(name) or PretrainedCfg()
+
+
+def refuse_places(what: str, arguments: Mapping[str, object]) -> None:
+    """Refuse arguments that say where weights are, among those that are published with a model.
+
+    Raises:
+        UserError: There is one.
+    """
+    for place in PLACES:
+        if arguments.get(place) is not None:
+            raise UserError(
+                f"{place} does not belong into {what}, which is published with the model: weights come with pretrained "
+                f"alone, in training with initial_checkpoint or model local-dir:FOLDER, in Python with the model's own "
+                f"pretrained_cfg_overlay."
+            )
 
 
 def create_backbone(name: str, image_size: tuple[int, int], **kwargs) -> nn.Module:
@@ -63,13 +78,7 @@ def create_on_meta(name: str, image_size: tuple[int, int], **kwargs) -> nn.Modul
     Raises:
         UserError: timm knows no such model or tag, or it takes no such arguments; or one says where weights are.
     """
-    for place in PLACES:
-        if kwargs.get(place) is not None:
-            raise UserError(
-                f"{place} does not belong to a backbone's arguments, which are saved with a model and published: "
-                f"weights come with pretrained=True, the model's own pretrained_cfg_overlay, or in training with "
-                f"initial_checkpoint."
-            )
+    refuse_places("backbone_args", kwargs)
     kwargs = _with_size(name, image_size, kwargs | dict(device=None, dtype=None))
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):  # EfficientNet draws random numbers all the same

@@ -135,7 +135,7 @@ def _cells(table: Table, row: Row, runs: Sequence[Result], gap: Difference | Non
         name,
         paper,
         f"{statistics.mean(accuracies):.1f}{spread}",
-        "" if table.tuning else ", ".join(f"{accuracy:.1f}" for accuracy in accuracies),
+        "" if len(table.seeds) == 1 else ", ".join(f"{accuracy:.1f}" for accuracy in accuracies),
         "" if gap is None else gap.told(len(table.seeds)),
         f"{runs[0].mflops:.1f}",
         f"{statistics.mean(run.slope for run in runs):+.1f}",

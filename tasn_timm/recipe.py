@@ -435,7 +435,7 @@ class _KeyValues(ParseKwargs):
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         for value in values:
-            if "=" not in value:
+            if value and "=" not in value:
                 raise UserError(f"{option_string} takes KEY=VALUE, such as sample_size=336, got {value!r}.")
         super().__call__(parser, namespace, values, option_string)
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import timm
-from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from .attention_net import PRESETS
@@ -58,15 +57,8 @@ def starting_state(model: BackboneClassifier, source: dict, cache_dir: str | Pat
     return start
 
 
-def starting_license(model: BackboneClassifier, cfg: PretrainedCfg, overlay: dict) -> str | None:
-    """Licence of the weights that a model has started from; None where it is not known, or there are two.
-
-    Args:
-        model: As created.
-        cfg: Of the backbone's weights, the overlay included.
-        overlay: timm's pretrained_cfg_overlay; where it names other weights, what the cfg had said is not of these.
-    """
-    license = overlay.get("license") if weights_source(overlay) else cfg.license
+def starting_license(model: BackboneClassifier, license: str | None) -> str | None:
+    """Licence of the weights of `starting_state`, `license` being that of the backbone's; None where there are two."""
     other = model.attention_net.trunk.pretrained_cfg.get("license") if isinstance(model, TASN) else license
     return license if license == other else None
 

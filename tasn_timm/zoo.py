@@ -199,7 +199,9 @@ def _build(cls: type[BackboneClassifier], variant: str, pretrained: bool, **kwar
         classifier.load_state_dict(starting_state(classifier, {} if untouched else source, cache_dir))
     if pretrained and not checked:
         overlay = kwargs.get("pretrained_cfg_overlay") or {}
-        model.pretrained_cfg["license"] = starting_license(classifier, cfg, overlay)
+        # Where an overlay names other weights, the licence that timm had is not of these.
+        license = overlay.get("license") if weights_source(overlay) else cfg.license
+        model.pretrained_cfg["license"] = starting_license(classifier, license) if starts else license
     # The names depend on the backbone, so the generic entries' cfgs do not have them.
     if not model.pretrained_cfg.get("first_conv"):
         model.pretrained_cfg["first_conv"] = classifier._traits["first_conv"]

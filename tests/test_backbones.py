@@ -145,11 +145,11 @@ def test_an_input_size_that_was_given_is_kept_and_tried():
         (dict(attention_backbone="test_vit", attention_args=dict(backbone="resnet18")), "leave out one of them"),
         (
             dict(backbone_args=dict(checkpoint_path="x.pth")),
-            "checkpoint_path does not belong to a backbone",
+            "checkpoint_path does not belong into backbone_args",
         ),
         (
             dict(attention_args=dict(backbone_args=dict(pretrained_cfg_overlay=dict(file="x.pth")))),
-            "pretrained_cfg_overlay does not belong to a backbone's arguments",
+            "pretrained_cfg_overlay does not belong into backbone_args",
         ),
     ],
 )

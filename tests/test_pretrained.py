@@ -468,7 +468,7 @@ def test_our_own_weights_are_loaded_without_any_others(hub, own, kind, arguments
     name, kwargs = {
         "local-dir": (f"local-dir:{folder}", {}),
         "hf-hub": ("hf-hub:user/birds", {}),
-        "file": ("tasn", dict(pretrained_cfg_overlay=dict(file=weights) | classes)),
+        "file": ("tasn", dict(pretrained_cfg_overlay=dict(file=weights, license="mit") | classes)),
         "hub": ("tasn", dict(pretrained_cfg_overlay=dict(hf_hub_id="user/birds") | classes)),
         "memory": ("tasn", dict(pretrained_cfg_overlay=dict(state_dict=state) | classes)),
         "cfg": ("tasn", dict(pretrained_cfg=dict(hf_hub_id="user/birds") | classes)),
@@ -478,6 +478,8 @@ def test_our_own_weights_are_loaded_without_any_others(hub, own, kind, arguments
     assert {key: torch.equal(value, state[key]) for key, value in model.state_dict().items()} == dict.fromkeys(
         state, True
     )
+    if "pretrained_cfg_overlay" in kwargs:
+        assert model.pretrained_cfg["license"] == kwargs["pretrained_cfg_overlay"].get("license")
     assert hub.asked == ({"user/birds"} if kind in ("hf-hub", "hub", "cfg") else set())
 
 

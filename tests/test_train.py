@@ -152,7 +152,7 @@ def test_training_goes_on_from_a_folder(train, tmp_path):
         (["--model", "resnt50"], "unknown timm model 'resnt50': did you mean 'resnet50'"),
         (["--model-kwargs", "backbone=resnt50"], "unknown timm model 'resnt50'"),
         (["--model-kwargs", "no_such=1"], "do not fit tasn"),
-        (["--model-kwargs", "checkpoint_path=x.pth"], "checkpoint_path in model_kwargs names a place of this machine"),
+        (["--model-kwargs", "checkpoint_path=x.pth"], "checkpoint_path does not belong into model_kwargs"),
         (["--model", "qqqq"], "unknown timm model 'qqqq'. See timm.list_models()."),
         (
             ["--recipe", "me/own"],

@@ -604,6 +604,17 @@ def test_validate_only_tells_of_a_damaged_checkpoint_that_it_passes_over(train, 
     assert code == 0 and "not a whole checkpoint: " in err and newest.name in err
 
 
+def test_a_start_that_fails_leaves_nothing_to_go_on_from(train, tmp_path, image_folder):
+    photos = shutil.copytree(image_folder, tmp_path / "mine")
+    broken = next((photos / "validation").rglob("*.png"))  # where the sampler's magnification is measured
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:50])
+    code, _, err = train("--data", str(photos))
+    assert code == 2 and "cannot be read" in err and not (tmp_path / "runs").exists()
+    broken.write_bytes(whole)
+    assert train("--data", str(photos), "--resume", "auto")[0] == 0
+
+
 def test_validate_only_refuses_the_images_of_other_classes(train, tmp_path, image_folder):
     assert train(*QUICK, "--epochs", "1")[0] == 0
     other = shutil.copytree(image_folder, tmp_path / "other")

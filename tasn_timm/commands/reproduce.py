@@ -92,7 +92,8 @@ def _tables(plan: "Plan", names: list[str], seeds: list[int] | None) -> list["Ta
                 f"--seeds {seed}: these tables have {' '.join(map(str, known))}. For others, name them in a file of "
                 f"your own (`seeds` of a table, --plan)."
             )
-    return [each._replace(seeds=[seed for seed in each.seeds if seed in seeds]) for each in tables]
+    tables = [each._replace(seeds=[seed for seed in each.seeds if seed in seeds]) for each in tables]
+    return [each for each in tables if each.seeds]
 
 
 def _seeds(tables: list["Table"]) -> list[int]:
@@ -146,11 +147,7 @@ class _Runner:
                 raise
             except UserError:
                 bar.write(f"waiting for the end of {counted(len(running), 'training')}", file=sys.stderr)
-                for done, job in running.items():
-                    try:
-                        self.finish(done, job, bar)
-                    except UserError as error:
-                        bar.write(str(error), file=sys.stderr)
+                self.finish_all(running, bar)
                 raise
 
     def train(self, job: Job) -> None:
@@ -159,6 +156,14 @@ class _Runner:
 
         name, seed = job
         train(self.plan.contenders[name], seed, self.folder(job), self.options.script, self.start_folder(job))
+
+    def finish_all(self, running: dict[Future, Job], bar: tqdm) -> None:
+        """Keep the results of trainings that were under way when another one failed, and tell which failed, too."""
+        for done, job in running.items():
+            try:
+                self.finish(done, job, bar)
+            except UserError as error:
+                bar.write(str(error), file=sys.stderr)
 
     def finish(self, done: Future, job: Job, bar: tqdm) -> None:
         """Keep the result of a training that has ended, once it has, and if it is the start of those that have one."""

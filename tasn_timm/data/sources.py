@@ -65,7 +65,7 @@ def open_data(name: str, *, only: Collection[str] | None = None, streaming: bool
 
     Args:
         name: See `load_splits`.
-        only: Splits that are needed; others may be there, too.
+        only: See `load_splits`; other splits may be there, too.
         streaming: See `load_splits`; data that is small or cannot be streamed comes as a `datasets.DatasetDict`.
 
     Raises:

@@ -43,8 +43,9 @@ def load_splits(
             `datasets.Image`; in tables the one with a usual name (`columns.PATHS`).
         target_key: Column of labels, `datasets.ClassLabel` or text. None: the one of `ClassLabel`, or with a usual
             name (`columns.LABELS`).
-        only: Splits that are needed, under any usual name. Of parquet files, here and on the Hub, no others are
-            downloaded or converted; `datasets` would do so with all of them. Of anything else they are left out.
+        only: Splits that are needed, under any usual name; as a mapping, with what to do where one is not there. Of
+            parquet files, here and on the Hub, no others are downloaded or converted; `datasets` would do so with all
+            of them. Of anything else they are left out.
         streaming: Read images when they are needed, and convert nothing before. Of text, labels cannot be made then,
             except in tables.
 

@@ -19,7 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..backbone import PLACES, backbone_cfg
+from ..backbone import backbone_cfg, refuse_places
 from ..data.transforms import Normalize
 from ..errors import UserError
 from ..hub import check_folder, model_folder
@@ -58,12 +58,7 @@ def build_model(recipe: Recipe, classes: int) -> nn.Module:
             f"num_classes is {recipe.num_classes}, but dataset {recipe.data!r} has {classes} classes: set num_classes "
             f"to {classes}, or to null for any."
         )
-    for place in PLACES:
-        if recipe.model_kwargs.get(place) is not None:
-            raise UserError(
-                f"{place} in model_kwargs names a place of this machine, and a recipe is published with its model: use "
-                f"initial_checkpoint, or model: local-dir:FOLDER with pretrained."
-            )
+    refuse_places("model_kwargs", recipe.model_kwargs)
     if recipe.model.startswith("local-dir:"):
         check_folder(Path(recipe.model.removeprefix("local-dir:")))
         if not recipe.pretrained:

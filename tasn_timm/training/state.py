@@ -154,7 +154,7 @@ class TrainingState:
         Raises:
             UserError: It was saved by a run of other settings, or does not fit.
         """
-        newest = _newest(self.checkpoints) if self.accelerator.is_main_process else None
+        newest = _newest(self.checkpoints, self.accelerator) if self.accelerator.is_main_process else None
         (newest,) = broadcast_object_list([newest])
         if newest is None:
             if resume != "auto":
@@ -227,7 +227,9 @@ class TrainingState:
         self.begun = mine["progress"]
 
 
-def load_weights(resume: str, output: Path, name: str, model: nn.Module, label_names: list[str]) -> None:
+def load_weights(
+    resume: str, output: Path, name: str, model: nn.Module, label_names: list[str], accelerator: Accelerator
+) -> None:
     """Put the weights of a run's newest whole checkpoint into a model, those of the average where it has one.
 
     Args:
@@ -236,12 +238,13 @@ def load_weights(resume: str, output: Path, name: str, model: nn.Module, label_n
         name: Of the run.
         model: Not wrapped.
         label_names: Of its classes, in order.
+        accelerator: Of the run.
 
     Raises:
         UserError: There is none, or it does not fit.
     """
     folder = find_folder(resume, output, name)
-    newest = _newest(Checkpoints(folder / "checkpoints", keep=1)) if folder else None
+    newest = _newest(Checkpoints(folder / "checkpoints", keep=1), accelerator) if folder else None
     if newest is None:
         raise UserError(f"--resume {resume}: there is no checkpoint of {name!r} in {str(folder or output)!r}.")
     if newest.about["label_names"] != label_names:
@@ -253,10 +256,10 @@ def load_weights(resume: str, output: Path, name: str, model: nn.Module, label_n
         raise UserError(f"{str(newest.folder)!r} does not fit this model: {_short(error)}") from error
 
 
-def _newest(checkpoints: Checkpoints) -> Checkpoint | None:
-    """The newest whole one; what is wrong with newer ones is told."""
+def _newest(checkpoints: Checkpoints, accelerator: Accelerator) -> Checkpoint | None:
+    """The newest whole one; what is wrong with newer ones is told, once."""
     newest, broken = checkpoints.newest()
-    for message in broken:
+    for message in broken if accelerator.is_main_process else ():
         print(f"not a whole checkpoint: {message}", file=sys.stderr, flush=True)
     return newest
 
