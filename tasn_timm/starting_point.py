@@ -30,7 +30,7 @@ def starting_state(model: BackboneClassifier, source: dict, cache_dir: str | Pat
     """State of a model whose backbones have their pretrained weights, and all else is new.
 
     New are the classifiers, the dilated convolutions and the second-order pooling. The weights of the attention net's
-    backbone come from its own repository.
+    backbone come from its own repository; where their licence is another one, the model's pretrained_cfg has none.
 
     Args:
         model: As created, without weights.
@@ -49,6 +49,7 @@ def starting_state(model: BackboneClassifier, source: dict, cache_dir: str | Pat
                 f"there are no pretrained weights for {_name(part)}, the {role}: use pretrained=False, or {instead} "
                 f"with weights."
             )
+    model.pretrained_cfg["license"] = _license(model)
     start = model.state_dict()
     for prefix, (part, given) in parts.items():
         pretrained = _pretrained_state(part, given, cache_dir)
@@ -57,10 +58,11 @@ def starting_state(model: BackboneClassifier, source: dict, cache_dir: str | Pat
     return start
 
 
-def starting_license(model: BackboneClassifier, license: str | None) -> str | None:
-    """Licence of the weights of `starting_state`, `license` being that of the backbone's; None where there are two."""
-    other = model.attention_net.trunk.pretrained_cfg.get("license") if isinstance(model, TASN) else license
-    return license if license == other else None
+def _license(model: BackboneClassifier) -> str | None:
+    """Of all weights that a model starts from; None where there is none, or two."""
+    parts = [model, model.attention_net.trunk] if isinstance(model, TASN) else [model]
+    licenses = {part.pretrained_cfg.get("license") for part in parts}
+    return licenses.pop() if len(licenses) == 1 else None
 
 
 def _pretrained_state(part: nn.Module, source: dict, cache_dir: str | Path | None) -> dict[str, Tensor]:

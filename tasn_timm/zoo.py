@@ -22,7 +22,7 @@ from .backbone import backbone_cfg
 from .classifier import SECOND_ORDER, BackboneClassifier
 from .errors import UserError
 from .hub_config import HUB_CONFIGS, HubConfig
-from .starting_point import starting_license, starting_state, weights_filter, weights_source
+from .starting_point import starting_state, weights_filter, weights_source
 from .tasn import TASN
 from .weights import check, weights_in, weights_on_hub
 
@@ -173,7 +173,10 @@ def _build(cls: type[BackboneClassifier], variant: str, pretrained: bool, **kwar
     - Those of a trained model of ours: checked before anything is built, then loaded by timm.
     - Those of its backbones, each from its own repository or file: a starting point.
     """
-    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    if weights_source(overlay):  # the licence that timm knows is not of these weights
+        kwargs["pretrained_cfg_overlay"] = overlay = dict(license=None) | overlay
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
     source = weights_source(vars(cfg))
     untouched = source == weights_source(_weights_cfg(kwargs["backbone"]))
     # What is sure to be a backbone's is left to timm, whose loaders know its format. Elsewhere the keys tell.
@@ -197,11 +200,7 @@ def _build(cls: type[BackboneClassifier], variant: str, pretrained: bool, **kwar
         model.pretrained_cfg.update({key: getattr(cfg, key) for key in SOURCE if getattr(cfg, key)})
     if starts:
         classifier.load_state_dict(starting_state(classifier, {} if untouched else source, cache_dir))
-    if pretrained and not checked:
-        overlay = kwargs.get("pretrained_cfg_overlay") or {}
-        # Where an overlay names other weights, the licence that timm had is not of these.
-        license = overlay.get("license") if weights_source(overlay) else cfg.license
-        model.pretrained_cfg["license"] = starting_license(classifier, license) if starts else license
+        model.pretrained_cfg["license"] = classifier.pretrained_cfg["license"]  # features_only=True has a copy
     # The names depend on the backbone, so the generic entries' cfgs do not have them.
     if not model.pretrained_cfg.get("first_conv"):
         model.pretrained_cfg["first_conv"] = classifier._traits["first_conv"]

@@ -318,11 +318,14 @@ def test_a_missing_repository_is_one_clear_error(hub):
 
 @pytest.mark.parametrize("other", [None, "cc-by-nc-4.0"])
 def test_two_backbones_under_two_licences_have_none_together(hub, monkeypatch, other):
-    hub.publish(CONVNEXT), hub.publish(RESNET)
+    hub.publish(CONVNEXT), hub.publish(RESNET), hub.publish("user/finetuned", "test_convnext", seed=5)
     own = timm.get_pretrained_cfg("test_convnext").license
     assert own and create(pretrained=True).pretrained_cfg["license"] == own
     monkeypatch.setattr(_registry._model_pretrained_cfgs["test_resnet.r160_in1k"], "license", other)
     assert create(pretrained=True).pretrained_cfg["license"] is None
+    finetuned = dict(hf_hub_id="user/finetuned", license=own)  # of the backbone alone
+    assert create(pretrained=True, pretrained_cfg_overlay=finetuned).pretrained_cfg["license"] is None
+    assert create(pretrained=True, features_only=True).pretrained_cfg["license"] is None
     alone = timm.create_model("isqrt_cov", backbone="test_convnext", pretrained=True, pool_args=dict(channels=8))
     assert alone.pretrained_cfg["license"] == own
 
@@ -479,7 +482,7 @@ def test_our_own_weights_are_loaded_without_any_others(hub, own, kind, arguments
         state, True
     )
     if "pretrained_cfg_overlay" in kwargs:
-        assert model.pretrained_cfg["license"] == kwargs["pretrained_cfg_overlay"].get("license")
+        assert model.pretrained_cfg.get("license") == kwargs["pretrained_cfg_overlay"].get("license")
     assert hub.asked == ({"user/birds"} if kind in ("hf-hub", "hub", "cfg") else set())
 
 
