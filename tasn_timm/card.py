@@ -67,7 +67,7 @@ class Context:
         source: What `timm.create_model` takes for the model.
         dataset_id: Of the dataset on the Hub; None for others.
         revision: Of that dataset, a commit.
-        license: Of the weights; None where nobody said.
+        license: Of the weights; None where nobody said, or those that they started from have more than one.
         figure: File of a figure in the same folder; None for none.
         differences: In what the training was not the named recipe, as text.
         paper: Rows of the paper that the recipe is for.
@@ -193,7 +193,7 @@ def _limits(model: nn.Module, context: Context) -> str:
     license = (
         f"As far as its author says, the licence of these weights is {context.license}"
         if context.license
-        else "Nobody stated a licence of these weights"
+        else "No licence is stated for these weights: what they started from has none, or more than one"
     )
     return f"""## Limits and licence
 

@@ -327,7 +327,7 @@ def test_what_was_trained_from_nothing_has_no_licence_but_its_author_s(hub, comm
     assert code == 0, err
     files = hub.repo("me/birds", "model").find().files
     card = ModelCard(files["README.md"].decode())
-    assert card.data.license is None and "Nobody stated a licence" in card.text
+    assert card.data.license is None and "No licence is stated" in card.text
     assert not json.loads(files["config.json"])["pretrained_cfg"].get("license")
 
 

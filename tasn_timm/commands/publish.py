@@ -22,7 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("run_dir", metavar="RUN_DIR", type=Path, help="folder of a run that has ended with its test, such as runs/mine")
     add("--repo", required=True, metavar="USER/NAME", help="repository on the Hub; created if it is not there")
     add("--private", action="store_true", help="create it as one that only its owner sees")
-    add("--license", metavar="ID", help="of the weights, such as mit (default: that of those it started from)")
+    add(
+        "--license",
+        metavar="ID",
+        help="of the weights, such as mit (default: that of those it started from, where they have one)",
+    )
     add("--example", type=Path, metavar="PICTURE", help="picture for the card's figure, which everybody will see")
     add("--dry-run", action="store_true", help="write the repository to a temporary folder, show it, send nothing")
     add("--write-config", action="store_true", help="apply the change to hub_configs/, for models of the paper")
