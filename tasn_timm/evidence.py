@@ -50,11 +50,10 @@ class Contender(NamedTuple):
             raise UserError(f"contender {self.name!r} needs a validation and a test split: its recipe has null.")
         return recipe
 
-    def made(self, result: "Result", start: "Result | None") -> bool:
-        """Whether a result is of this contender as it is now, and started from that result of its start's, if any."""
-        if (result.contender, result.recipe, result.start) != (self.name, self.recipe, self.start):
-            return False
-        if start and result.start_weights != start.weights:
+    def made(self, result: "Result", start_weights: str | None) -> bool:
+        """Whether a result is of this contender as it is now, and started from weights with this SHA-256, if any."""
+        made_of = (result.contender, result.recipe, result.start, result.start_weights)
+        if made_of != (self.name, self.recipe, self.start, start_weights):
             return False
         return same_options(result.options, self.recipe_of(result.seed))
 

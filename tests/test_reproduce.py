@@ -223,6 +223,17 @@ def test_a_start_without_its_result_is_read_off_again(here, trainings, capsys):
     assert kept(here) == before | {"base.seed0.json"} and trainings.asked[asked:] == [("base", 0)]
 
 
+def test_results_of_one_seed_have_one_start_also_where_that_has_no_result(here, trainings, capsys):
+    assert command("one", "--seeds", "0", "1") == 0
+    shutil.copytree(here / "results", here / "another")
+    for folder in ("results", "another"):
+        (here / folder / "base.seed0.json").unlink()
+    low = here / "another/low.seed0.json"
+    low.write_text(low.read_text().replace('"start_weights": "', '"start_weights": "other '))
+    assert command("--list") == 0 and command("--list", "--results", "another") == 2
+    assert "from another start" in capsys.readouterr().err
+
+
 def test_a_result_of_another_plan_is_refused(here, trainings, capsys):
     assert command("one", "--seeds", "0") == 0
     changed = PLAN | dict(contenders=PLAN["contenders"] | dict(high=dict(recipe="synthbirds", start="base", epochs=6)))

@@ -234,10 +234,12 @@ def _check_same(plan: "Plan", results: dict[Job, "Result"], folder: Path) -> Non
     """A result of other options than the plan has now would be told as if it were the plan's."""
     from ..evidence import result_file
 
-    stale = []
+    stale, begun = [], {job: result.weights for job, result in results.items()}
     for (name, seed), result in results.items():
         contender = plan.contenders.get(name)
-        if contender and not contender.made(result, results.get((contender.start, seed))):
+        # Where the start has no result, those that began from it are to agree with each other.
+        weights = contender and begun.setdefault((contender.start, seed), result.start_weights)
+        if contender and not contender.made(result, weights):
             stale.append(str(result_file(folder, name, seed)))
     if stale:
         raise UserError(
