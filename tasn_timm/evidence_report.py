@@ -3,7 +3,7 @@
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 from .evidence import FIGURE, Difference, Plan, Result, Results, Row, Table, Target, difference
@@ -15,9 +15,9 @@ def report(plan: Plan, results: Results) -> str:
     tables = [(table, taken) for table, taken in tables if sum(row.contender in taken for row in table.rows) > 1]
     sections = [_section(table, taken) for table, taken in tables]
     every = [result for name in plan.contenders for result in results.get(name, ())]
-    compared = {pair for table, taken in tables for pair in _compared(table, taken)}
+    compared = {each for table, taken in tables for each in _compared(table, taken)} | _judged(plan.targets, results)
     picture = f"![A dot for each run, and the mean, in orange, for each row of the tables below]({FIGURE})"
-    head = [_HEAD.format(runs=len(every), pairs=len(compared)), _machines(every), picture]
+    head = [_HEAD.format(runs=len(every), intervals=len(compared)), _machines(every), picture]
     return "\n\n".join([*head, *_targets(plan.targets, results), *sections]) + "\n"
 
 
@@ -35,12 +35,12 @@ split: mean and standard deviation over the seeds, then each of them. "Differenc
 unless the heading says to what, with its 95 % interval (Student's), over the seeds that both rows have. Where that
 leaves out 0, with three seeds at least, the order of the two rows is decided; "undecided" does not mean that they are
 equal. The intervals are over seeds alone: the test pictures are the same for all. Three seeds mean 4.3 standard errors
-to either side. Nothing is corrected for the number of comparisons: of the {pairs} pairs of rows that are compared
-below about one in twenty has an interval that leaves out the truth, and many share a contender, and err together. So a
-decided step that was planned and is large is worth something, and the best of many small ones is not. "MFLOPs" are of a
-picture at inference, convolutions and matrix products, 2 per multiply-add. "Rising" is how far the mean validation
-accuracy of the last eighth of the epochs is above that of the eighth before; much above 0 means that the contender was
-not trained out. A commit with a "+" had changes that are not in it."""
+to either side. Nothing is corrected for the number of comparisons: of the {intervals} different intervals below about
+one in twenty leaves out the truth, and many share a contender, and err together. So a decided step that was planned and
+is large is worth something, and the best of many small ones is not. "MFLOPs" are of a picture at inference,
+convolutions and matrix products, 2 per multiply-add. "Rising" is how far the mean validation accuracy of the last
+eighth of the epochs is above that of the eighth before; much above 0 means that the contender was not trained out. A
+commit with a "+" had changes that are not in it."""
 
 
 def _machines(results: Iterable[Result]) -> str:
@@ -67,7 +67,7 @@ def _targets(targets: Iterable[Target], results: Results) -> list[str]:
     """A section with a line for each target of which both contenders have been run."""
     rows = [("target", "contenders", "difference", "seeds", "FLOPs", "verdict")]
     for target in targets:
-        runs = [tuple(results.get(name, ()) for name in pair) for pair in target.pairs]
+        runs = _runs(target, results)
         if (gap := difference(*runs)) is not None:
             share = max(one[0].mflops / other[0].mflops for one, other in runs)
             names = "; ".join(f"`{one}`, `{other}`" for one, other in target.pairs)
@@ -116,13 +116,24 @@ def _gaps(table: Table, results: Results) -> list[Difference | None]:
     ]
 
 
-def _compared(table: Table, results: Results) -> Iterator[frozenset[str]]:
-    """Pairs of contenders whose difference has an interval, shown or judged."""
+def _compared(table: Table, results: Results) -> Iterator[tuple[frozenset[str], int]]:
+    """Contenders whose difference has an interval, shown or judged, and the number of its seeds."""
     gaps = zip(((row.contender, other) for row, other in zip(table.rows, _others(table))), _gaps(table, results))
     steps = (((better.contender, worse.contender), gap) for better, worse, gap in _steps(table, results))
     for pair, gap in (*gaps, *steps):
         if gap is not None and gap.half is not None:
-            yield frozenset(pair)
+            yield frozenset(pair), gap.seeds
+
+
+def _judged(targets: Iterable[Target], results: Results) -> set[tuple[frozenset[str], int]]:
+    """The same of targets."""
+    gaps = ((target.pairs, difference(*_runs(target, results))) for target in targets)
+    return {(frozenset(chain(*pairs)), gap.seeds) for pairs, gap in gaps if gap is not None and gap.half is not None}
+
+
+def _runs(target: Target, results: Results) -> list[tuple[Sequence[Result], ...]]:
+    """Of both contenders of each pair."""
+    return [tuple(results.get(name, ()) for name in pair) for pair in target.pairs]
 
 
 def _cells(table: Table, row: Row, runs: Sequence[Result], gap: Difference | None) -> tuple[str, ...]:
