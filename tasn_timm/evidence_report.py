@@ -15,10 +15,12 @@ def report(plan: Plan, results: Results) -> str:
     tables = [(table, taken) for table, taken in tables if sum(row.contender in taken for row in table.rows) > 1]
     sections = [_section(table, taken) for table, taken in tables]
     every = [result for name in plan.contenders for result in results.get(name, ())]
-    compared = {each for table, taken in tables for each in _compared(table, taken)} | _judged(plan.targets, results)
+    measured = _measured(plan.targets, results)
+    compared = {each for table, taken in tables for each in _compared(table, taken)}
+    compared |= {(frozenset(chain(*target.pairs)), gap.seeds) for target, gap, _ in measured if gap.half is not None}
     picture = f"![A dot for each run, and the mean, in orange, for each row of the tables below]({FIGURE})"
     head = [_HEAD.format(runs=len(every), intervals=len(compared)), _machines(every), picture]
-    return "\n\n".join([*head, *_targets(plan.targets, results), *sections]) + "\n"
+    return "\n\n".join([*head, *_targets(measured), *sections]) + "\n"
 
 
 _HEAD = """\
@@ -63,18 +65,25 @@ def _machine(environment: Mapping[str, Any]) -> str:
     return f"{place}, {environment['mixed_precision']}, {shown}"
 
 
-def _targets(targets: Iterable[Target], results: Results) -> list[str]:
-    """A section with a line for each target of which both contenders have been run."""
-    rows = [("target", "contenders", "difference", "seeds", "FLOPs", "verdict")]
+def _measured(targets: Iterable[Target], results: Results) -> list[tuple[Target, Difference, float]]:
+    """Each target of which both contenders have been run, their difference and the highest share of FLOPs."""
+    measured = []
     for target in targets:
-        runs = _runs(target, results)
+        runs = [tuple(results.get(name, ()) for name in pair) for pair in target.pairs]
         if (gap := difference(*runs)) is not None:
-            share = max(one[0].mflops / other[0].mflops for one, other in runs)
-            names = "; ".join(f"`{one}`, `{other}`" for one, other in target.pairs)
-            cells = gap.told(gap.seeds), str(gap.seeds), f"{share:.2f}", _verdict(target, gap, share)
-            rows.append((target.target, names, *cells))
-    if len(rows) == 1:
+            measured.append((target, gap, max(one[0].mflops / other[0].mflops for one, other in runs)))
+    return measured
+
+
+def _targets(measured: Sequence[tuple[Target, Difference, float]]) -> list[str]:
+    """A section with a line for each target of `_measured`."""
+    if not measured:
         return []
+    rows = [("target", "contenders", "difference", "seeds", "FLOPs", "verdict")]
+    for target, gap, share in measured:
+        names = "; ".join(f"`{one}`, `{other}`" for one, other in target.pairs)
+        cells = gap.told(gap.seeds), str(gap.seeds), f"{share:.2f}", _verdict(target, gap, share)
+        rows.append((target.target, names, *cells))
     about = (
         "Met or not met where the whole interval is on that side; FLOPs are the first contender's by the second's.\nOf "
         "several pairs the difference is their mean, seed by seed, and the FLOPs are the highest share."
@@ -123,17 +132,6 @@ def _compared(table: Table, results: Results) -> Iterator[tuple[frozenset[str], 
     for pair, gap in (*gaps, *steps):
         if gap is not None and gap.half is not None:
             yield frozenset(pair), gap.seeds
-
-
-def _judged(targets: Iterable[Target], results: Results) -> set[tuple[frozenset[str], int]]:
-    """The same of targets."""
-    gaps = ((target.pairs, difference(*_runs(target, results))) for target in targets)
-    return {(frozenset(chain(*pairs)), gap.seeds) for pairs, gap in gaps if gap is not None and gap.half is not None}
-
-
-def _runs(target: Target, results: Results) -> list[tuple[Sequence[Result], ...]]:
-    """Of both contenders of each pair."""
-    return [tuple(results.get(name, ()) for name in pair) for pair in target.pairs]
 
 
 def _cells(table: Table, row: Row, runs: Sequence[Result], gap: Difference | None) -> tuple[str, ...]:

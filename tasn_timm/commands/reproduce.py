@@ -236,10 +236,11 @@ def _check_same(plan: "Plan", results: dict[Job, "Result"], folder: Path) -> Non
 
     stale, begun = [], {job: result.weights for job, result in results.items()}
     for (name, seed), result in results.items():
-        contender = plan.contenders.get(name)
+        if (contender := plan.contenders.get(name)) is None:
+            continue
         # Where the start has no result, those that began from it are to agree with each other.
-        weights = contender and begun.setdefault((contender.start, seed), result.start_weights)
-        if contender and not contender.made(result, weights):
+        weights = begun.setdefault((contender.start, seed), result.start_weights)
+        if not contender.made(result, weights):
             stale.append(str(result_file(folder, name, seed)))
     if stale:
         raise UserError(
