@@ -1,5 +1,6 @@
 """A model that starts from the pretrained weights of its backbones: they keep theirs, all else is new."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import timm
@@ -59,10 +60,14 @@ def starting_state(model: BackboneClassifier, source: dict, cache_dir: str | Pat
 
 
 def _license(model: BackboneClassifier) -> str | None:
-    """Of all weights that a model starts from; None where there is none, or two."""
     parts = [model, model.attention_net.trunk] if isinstance(model, TASN) else [model]
-    licenses = {part.pretrained_cfg.get("license") for part in parts}
-    return licenses.pop() if len(licenses) == 1 else None
+    return common_license(part.pretrained_cfg.get("license") for part in parts)
+
+
+def common_license(licenses: Iterable[str | None]) -> str | None:
+    """Licence of a model that starts from weights under these; None without any, where one is not known, or of two."""
+    different = set(licenses)
+    return different.pop() if len(different) == 1 else None
 
 
 def _pretrained_state(part: nn.Module, source: dict, cache_dir: str | Path | None) -> dict[str, Tensor]:

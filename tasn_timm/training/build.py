@@ -25,6 +25,7 @@ from ..errors import UserError
 from ..hub import check_folder, model_folder
 from ..memory import lacks_memory
 from ..recipe import Recipe
+from ..starting_point import common_license
 from ..tasn import TASN, structure_norm
 from ..weights import CONFIG, weights_in
 from .evaluation import count_flops
@@ -94,15 +95,15 @@ def build_model(recipe: Recipe, classes: int) -> nn.Module:
 
 
 def _license(recipe: Recipe, model: nn.Module) -> str | None:
-    """Licence of the weights that a model starts from; None without any, where it is not known or there are two.
+    """`common_license` of the weights that a model starts from.
 
     timm's own is of the pretrained weights, whether they were asked for or not.
     """
-    licenses = {model.pretrained_cfg.get("license")} if recipe.pretrained else set()
+    licenses = [model.pretrained_cfg.get("license")] if recipe.pretrained else []
     if recipe.initial_checkpoint is not None:
         config = json.loads((model_folder(Path(recipe.initial_checkpoint)) / CONFIG).read_text())
-        licenses.add(config.get("pretrained_cfg", {}).get("license"))
-    return licenses.pop() if len(licenses) == 1 else None
+        licenses.append(config.get("pretrained_cfg", {}).get("license"))
+    return common_license(licenses)
 
 
 def start_from(model: nn.Module, folder: Path) -> None:
